@@ -1,0 +1,276 @@
+"""The configuration schema: frozen, typed, and the only place where a default lives.
+
+Nothing here imports JAX, so that ``jmlr --help`` and ``jmlr print-config`` answer at once.
+Checks that need no device are validators of these classes (phase one); checks that need to know
+the devices are in :func:`jmlr_jax.sharding.make_mesh` (phase two).
+
+The defaults describe the embedded closed world (``jmlr_jax.data.world``) and the tiny models that
+learn to read it on a laptop; presets in ``configs/`` hold only what differs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+DType = Literal["float32", "bfloat16", "float16"]
+ArmName = Literal["jmlr", "frozen", "separate", "bm25", "random", "closed_book"]
+
+
+class Strict(BaseModel):
+    """Base of every section: immutable, and a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RopeScalingConfig(Strict):
+    """Rotary-embedding scaling as published in Hugging Face ``config.json`` files."""
+
+    type: Literal["linear", "dynamic", "llama3", "yarn"]
+    factor: float = Field(gt=0)
+    original_max_positions: PositiveInt | None = Field(None, description="context length of pre-training")
+    low_freq_factor: float = Field(1.0, description="llama3 only")
+    high_freq_factor: float = Field(4.0, description="llama3 only")
+    beta_fast: float = Field(32.0, description="yarn only")
+    beta_slow: float = Field(1.0, description="yarn only")
+    attention_factor: float | None = Field(None, description="yarn only; None derives it from the factor")
+
+
+class LlamaConfig(Strict):
+    """Shape of a Llama-family decoder (Llama 2/3, Mistral, Qwen2, Qwen3)."""
+
+    vocab_size: int = Field(0, ge=0, description="0 takes the tokenizer's size")
+    hidden_size: PositiveInt = 64
+    intermediate_size: PositiveInt = 128
+    num_layers: PositiveInt = 2
+    num_heads: PositiveInt = 4
+    num_kv_heads: PositiveInt = 4
+    head_dim: PositiveInt | None = Field(None, description="None: hidden_size / num_heads")
+    max_positions: PositiveInt = 512
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScalingConfig | None = None
+    rms_norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    qkv_bias: bool = Field(False, description="Qwen2")
+    qk_norm: bool = Field(False, description="Qwen3: RMSNorm on each head's query and key")
+    sliding_window: PositiveInt | None = Field(None, description="Mistral: keys further back are masked")
+    dtype: DType = Field("float32", description="of activations and matrix products")
+    param_dtype: DType = Field("float32", description="of stored weights")
+    remat: Literal["none", "full", "dots"] = Field("none", description="what the backward pass recomputes")
+
+    @model_validator(mode="after")
+    def _check(self) -> LlamaConfig:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
+        return self
+
+
+class BertConfig(Strict):
+    """Shape of a BERT-family encoder (the retriever's trunk)."""
+
+    vocab_size: int = Field(0, ge=0, description="0 takes the tokenizer's size")
+    hidden_size: PositiveInt = 64
+    intermediate_size: PositiveInt = 128
+    num_layers: PositiveInt = 1
+    num_heads: PositiveInt = 2
+    max_positions: PositiveInt = 128
+    type_vocab_size: PositiveInt = 2
+    layer_norm_eps: float = 1e-12
+    hidden_act: Literal["gelu", "gelu_new", "relu"] = "gelu"
+    dtype: DType = "float32"
+    param_dtype: DType = "float32"
+    remat: Literal["none", "full", "dots"] = "none"
+
+    @model_validator(mode="after")
+    def _check(self) -> BertConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
+        return self
+
+
+class RetrieverConfig(Strict):
+    """The late-interaction encoder and how text becomes its tokens (METHOD step 1)."""
+
+    source: str = Field("scratch", description="'scratch' (random weights of shape `bert`) or a Hugging Face directory")
+    tokenizer: str = Field("train", description="'train' a small one in `jmlr prepare`, or a tokenizer directory")
+    tokenizer_vocab: PositiveInt = Field(4096, description="size of the tokenizer that 'train' makes")
+    bert: BertConfig = BertConfig()
+    dim: PositiveInt = Field(64, description="C: width of a token vector (128 in the paper)")
+    query_length: PositiveInt = Field(24, description="Q: query tokens, markers and augmentation included")
+    passage_length: PositiveInt = Field(48, description="P: passage tokens, markers included")
+    query_template: str = Field("{question}", description="fields: question, options")
+    passage_template: str = Field("{title}. {text}", description="fields: title, text")
+    query_marker: str = Field("[Q]", description="token after [CLS] in queries; [unused0] in published ColBERTs")
+    passage_marker: str = Field("[D]", description="token after [CLS] in passages; [unused1] in published ColBERTs")
+    augment_queries: bool = Field(True, description="fill queries up to Q with [MASK], as ColBERT does")
+    attend_to_mask_tokens: bool = Field(False, description="whether other tokens attend to the augmentation")
+    skip_punctuation: bool = Field(True, description="passage punctuation takes no part in MaxSim")
+
+
+class LoraConfig(Strict):
+    """Low-rank adapters on a frozen base; the defaults are METHOD.md's."""
+
+    rank: PositiveInt = 128
+    alpha: float = 256.0
+    dropout: float = Field(0.05, ge=0, lt=1)
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down", "lm_head")
+
+
+class GeneratorConfig(Strict):
+    """The language model and its prompt pieces; each piece has its own length, set here and nowhere else."""
+
+    source: str = Field("scratch", description="'scratch' (random weights of shape `llama`) or a Hugging Face directory")
+    tokenizer: str = Field("train", description="'train' a small one in `jmlr prepare`, or a tokenizer directory")
+    tokenizer_vocab: PositiveInt = 4096
+    llama: LlamaConfig = LlamaConfig()
+    lora: LoraConfig | None = Field(None, description="null trains every weight")
+    passage_length: PositiveInt = Field(48, description="L: tokens of one rendered passage")
+    question_length: PositiveInt = Field(64, description="S: tokens of the rendered question and options")
+    answer_length: PositiveInt = Field(8, description="A: tokens of the answer, end token included")
+    max_length: PositiveInt = Field(512, description="T: whole prompt; passages that do not fit are dropped, worst first")
+    passage_template: str = "\nReference:\n{title}. {text}"
+    question_template: str = "\nMy Question:\n{question}\n{options}"
+    option_template: str = Field("{letter}) {option}", description="one option; joined by spaces")
+    answer_template: str = " {answer}"
+    answer_form: Literal["text", "letter"] = Field("text", description="the answer is the option's text or its letter")
+
+
+class WorldConfig(Strict):
+    """Size of the embedded closed medical world (``jmlr_jax.data.world``)."""
+
+    conditions: PositiveInt = 192
+    test_fraction: float = Field(0.3, gt=0, lt=1)
+
+
+class DataConfig(Strict):
+    """Where questions and passages come from."""
+
+    questions: Literal["world", "medqa", "medmcqa", "mmlu", "pubmedqa", "mirage", "jsonl", "csv", "tsv"] = "world"
+    train_path: str | None = None
+    dev_path: str | None = None
+    test_path: str | None = None
+    corpus_path: str | None = Field(None, description="passages: JSONL, CSV or TSV with id, title, text[, source, url]")
+    world: WorldConfig = WorldConfig()
+    on_error: Literal["stop", "skip"] = Field("stop", description="skip: bad records are counted and listed")
+    passage_words: PositiveInt = Field(180, description="longer documents are split on sentence ends at this many words")
+    leakage_ngram: int = Field(12, ge=0, description="a passage sharing this many words in a row with question + answer is removed; 0: off")
+
+
+class IndexConfig(Strict):
+    """Candidate retrieval."""
+
+    kind: Literal["auto", "exact", "scann"] = Field("auto", description="auto: exact below `exact_below` passages")
+    exact_below: int = Field(20_000, ge=0)
+    encode_batch: PositiveInt = 128
+    rerank: PositiveInt = Field(200, description="ScaNN hits re-ranked by exact MaxSim")
+    fde_repetitions: PositiveInt = 20
+    fde_simhash_bits: PositiveInt = 5
+    fde_projection: PositiveInt = Field(16, description="width of each projected block")
+    fde_final: PositiveInt = Field(2048, description="width of the final projection")
+    oracle_queries: PositiveInt = Field(200, description="queries on which recall against the oracle is measured")
+
+
+class OptimizerConfig(Strict):
+    """AdamW with warm-up and cosine decay for one half of the model."""
+
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(20, ge=0)
+    final_fraction: float = Field(0.1, ge=0, le=1, description="learning rate at the last step over the peak")
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, gt=0, description="global gradient norm of this half")
+    b1: float = 0.9
+    b2: float = 0.999
+
+
+class WarmupConfig(Strict):
+    """Steps that teach a generator trained from nothing to read, before any arm starts; every arm gets the same.
+
+    Passages come from a mixed table (retrieved by the untrained retriever, BM25, random); the rank loss is off.
+    0 steps for a pre-trained generator.
+    """
+
+    steps: int = Field(600, ge=0)
+    read_passages: PositiveInt = Field(2, description="N during warm-up")
+
+
+class TrainConfig(Strict):
+    """The joint step and the loop around it (METHOD 'One training step')."""
+
+    steps: PositiveInt = 400
+    batch_size: PositiveInt = Field(32, description="B: questions a step, over all devices")
+    accumulate: PositiveInt = Field(1, description="microbatches a step; must divide batch_size")
+    candidates: PositiveInt = Field(16, description="K (30 in the paper)")
+    sampled: PositiveInt = Field(6, description="M (10 in the paper)")
+    read_passages: PositiveInt = Field(3, description="N (7 in the paper)")
+    rank_loss: Literal["llm_rank", "kl", "emdr2"] = "llm_rank"
+    rank_weight: float = Field(1.0, ge=0)
+    refresh_steps: int = Field(100, ge=0, description="R: steps between refreshes of the candidate table; 0: never, as in the paper")
+    refresh_delay: PositiveInt = Field(10, description="steps from the start of a refresh to its adoption")
+    warmup: WarmupConfig = WarmupConfig()
+    retriever: OptimizerConfig = OptimizerConfig(learning_rate=2e-3)
+    generator: OptimizerConfig = OptimizerConfig(learning_rate=2e-3)
+    checkpoint_steps: PositiveInt = 100
+    keep_last: PositiveInt = 2
+    eval_steps: int = Field(0, ge=0, description="dev evaluation for keep-best every so many steps; 0: at the end only")
+    max_skipped_in_row: PositiveInt = Field(10, description="non-finite updates in a row that stop the run")
+    log_steps: PositiveInt = 10
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
+        for name in ("sampled", "read_passages"):
+            if getattr(self, name) > self.candidates:
+                raise ValueError(f"{name}={getattr(self, name)} exceeds candidates={self.candidates}")
+        if self.refresh_steps and self.refresh_delay >= self.refresh_steps:
+            raise ValueError(f"refresh_delay={self.refresh_delay} must be below refresh_steps={self.refresh_steps}")
+        return self
+
+
+class EvalConfig(Strict):
+    """Evaluation of every arm."""
+
+    split: Literal["dev", "test"] = "test"
+    arms: tuple[ArmName, ...] = ("jmlr", "frozen", "separate", "bm25", "random", "closed_book")
+    batch_size: PositiveInt = 64
+    max_questions: int = Field(0, ge=0, description="0: all")
+    bootstrap: PositiveInt = 2000
+    recall_at: tuple[PositiveInt, ...] = (1, 5, 10)
+
+
+class MeshConfig(Strict):
+    """Device mesh; -1 takes what the other axes leave."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+class Config(Strict):
+    """Everything a run depends on; saved, resolved, in the run directory."""
+
+    run_dir: str = "runs/default"
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    retriever: RetrieverConfig = RetrieverConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    index: IndexConfig = IndexConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        g, r = self.generator, self.retriever
+        shortest = 1 + g.passage_length + g.question_length + g.answer_length
+        if g.max_length < shortest:
+            raise ValueError(f"generator.max_length={g.max_length} cannot hold BOS, one passage, question and answer ({shortest} tokens)")
+        if g.max_length > g.llama.max_positions:
+            raise ValueError(f"generator.max_length={g.max_length} exceeds generator.llama.max_positions={g.llama.max_positions}")
+        longest = max(r.query_length, r.passage_length)
+        if longest > r.bert.max_positions:
+            raise ValueError(f"retriever lengths up to {longest} exceed retriever.bert.max_positions={r.bert.max_positions}")
+        return self
