@@ -1,0 +1,1 @@
+"""Questions and passages: reading, filtering, tokenising, and batches of token ids."""
