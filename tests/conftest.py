@@ -1,0 +1,63 @@
+"""Set-up shared by all tests: eight virtual CPU devices, the shared data, and no silent skips."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports JAX: tests run on the CPU, with enough devices to shard over.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+ROOT = Path(__file__).resolve().parent.parent
+NO_SHARED_DATA = "shared data not found at"
+_unwanted: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of the shared data sets: ``$JMLR_DATA``, or ``../shared/data`` beside the repository."""
+    folder = Path(os.environ.get("JMLR_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"{NO_SHARED_DATA} {folder}: set JMLR_DATA")
+    return folder
+
+
+def _note(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Remember a test that did not truly run: skipped for any reason but missing shared data, or marked xfail."""
+    if hasattr(report, "wasxfail"):
+        _unwanted.append(f"{report.nodeid}: marked xfail")
+    elif report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if NO_SHARED_DATA not in reason:
+            _unwanted.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _note(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    _note(report)
+
+
+def _skips_fail() -> bool:
+    return bool(_unwanted) and os.environ.get("JMLR_ALLOW_SKIPS") != "1"
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    if _skips_fail() and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    return (yield)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _skips_fail():
+        terminalreporter.section("skipped tests count as failures (JMLR_ALLOW_SKIPS=1 permits them)", red=True)
+        for line in _unwanted:
+            terminalreporter.line(line)
