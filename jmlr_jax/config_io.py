@@ -1,0 +1,373 @@
+"""Presets, dotted overrides and resolved files: every way a :class:`~jmlr_jax.config.Config` comes in or goes out.
+
+A value takes the last of: the schema's default, the YAML preset, the overrides of the command line. Every problem is
+reported with its place (``file:line`` or ``command line``), its dotted key, and what was expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+import yaml
+from etils import epath
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from jmlr_jax.config import Config
+from jmlr_jax.errors import JmlrError
+
+RESOLVED_NAME = "config.yaml"
+"""Name of the resolved configuration in a run directory."""
+
+MAY_CHANGE_ON_RESUME = (
+    "run_dir",
+    "train.steps",
+    "train.checkpoint_steps",
+    "train.keep_last",
+    "train.eval_steps",
+    "train.log_steps",
+    "train.max_skipped_in_row",
+    "eval",
+    "mesh",
+)
+"""Keys (or whole sections) that a run may be resumed with another value of; any other makes it another run."""
+
+COMMAND_LINE = "command line"
+EXPECTED = {  # in the reader's words, by pydantic's name of the error
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "text (in YAML, put it in quotes)",
+    "tuple_type": "a list, such as [a, b]",
+    "model_type": "a section with keys of its own",
+}
+
+
+class ConfigError(JmlrError):
+    """A configuration that cannot be used: one line for each problem."""
+
+
+class FieldRow(NamedTuple):
+    """One configuration key as ``jmlr print-config --fields`` shows it."""
+
+    key: str
+    default: str
+    description: str
+
+
+def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a preset, applies overrides and checks the result.
+
+    Args:
+        path: a YAML file, the bare name of a preset in ``configs/``, or None for the defaults.
+        overrides: ``dotted.key=value`` strings, applied in order; values are YAML scalars or flow lists.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown or repeated key, a value of the wrong type or out of range.
+    """
+    # Values are laid over the dumped defaults, not handed to pydantic as a partial tree: a section whose default
+    # instance differs from its class (train.retriever) would otherwise lose what the preset leaves out.
+    tree = Config().model_dump()
+    places: dict[str, str] = {}
+    if path is not None:
+        _merge(tree, _read_preset(_find_preset(path), places))
+    for override in overrides:
+        key, value = _parse_override(override)
+        places[key] = COMMAND_LINE
+        _merge(tree, _nest(key.split("."), value))
+    problems = list(_boolean_problems(tree, Config, places))
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        # A cross-field check reports at its section; a wrong leaf below is the nearer cause and comes first.
+        problems += [_describe(e, tree, places) for e in error.errors(include_url=False)]
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    return config
+
+
+def save_resolved(config: Config, path: str | os.PathLike[str]) -> None:
+    """Writes every value as YAML; :func:`load` reads the same configuration back. Atomic: whole or not at all."""
+    target = epath.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
+    partial.write_text(to_yaml(config))
+    partial.replace(target)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML text, keys in the schema's order."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with both values.
+
+    >>> differences(Config(seed=1), Config(seed=2))
+    {'seed': (1, 2)}
+    """
+    return dict(_differences(a.model_dump(mode="json"), b.model_dump(mode="json"), ""))
+
+
+def check_resume(saved: Config, given: Config, where: str) -> None:
+    """Refuses to continue a run under a configuration that makes it another run.
+
+    Args:
+        saved: configuration in the run directory.
+        given: configuration asked for now.
+        where: path of the saved file, for the message.
+
+    Raises:
+        ConfigError: a key outside :data:`MAY_CHANGE_ON_RESUME` differs; lists every such key with both values.
+    """
+    fatal = {key: pair for key, pair in differences(saved, given).items() if not _may_change(key)}
+    if fatal:
+        lines = [f"{where}: {key} = {old!r} there, {new!r} now" for key, (old, new) in fatal.items()]
+        lines.append("give the run a new directory (--run-dir), or the values it was started with")
+        raise ConfigError("\n".join(lines))
+
+
+def presets() -> dict[str, Path]:
+    """Shipped presets by name: from ``configs/`` of the checkout, or of the installed package."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "configs", here.parent / "configs"):
+        found = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+        if found:
+            return found
+    return {}
+
+
+def field_rows() -> list[FieldRow]:
+    """Every key with its default and description, in the schema's order; sections that are off show their own keys."""
+    return list(_field_rows(Config, Config().model_dump(mode="json"), ""))
+
+
+# Reading
+
+
+def _find_preset(path: str) -> epath.Path:
+    file = epath.Path(path)
+    if file.is_dir():
+        raise ConfigError(f"{path}: is a directory, expected a YAML file or the name of a preset")
+    if file.exists():
+        return file
+    known = presets()
+    if path in known:
+        return epath.Path(known[path])
+    close = difflib.get_close_matches(Path(path).stem, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise ConfigError(f"{path}: no such file, and no preset of that name{hint} (presets: {', '.join(known) or 'none'})")
+
+
+def _read_preset(file: epath.Path, places: dict[str, str]) -> dict[str, Any]:
+    """The file's tree; fills ``places`` with ``file:line`` for each dotted key in it."""
+    try:
+        text = file.read_text()
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is None:
+            return {}
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{file}:1: expected `key: value` lines, found something else")
+        problems = list(_walk_nodes(node, Config, "", str(file), places))
+        if problems:
+            raise ConfigError("\n".join(problems))
+        tree: dict[str, Any] = yaml.safe_load(text)
+        return tree
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{file}{line}: not valid YAML: {error.problem or error.context}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not a YAML text file: {error}") from error
+
+
+def _walk_nodes(
+    node: yaml.MappingNode, model: type[BaseModel], prefix: str, file: str, places: dict[str, str]
+) -> Iterator[str]:
+    """Yields a problem for each unknown or repeated key; only descends into sections the schema has."""
+    seen: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        name, line = str(key_node.value), key_node.start_mark.line + 1
+        key, place = f"{prefix}{name}", f"{file}:{line}"
+        if name in seen:
+            yield f"{place}: {key}: given twice, first in line {seen[name]}"
+        seen[name] = line
+        places[key] = place
+        if name not in model.model_fields:
+            yield _unknown(key, place)
+            continue
+        section = _section(model.model_fields[name])
+        if section is not None and isinstance(value_node, yaml.MappingNode):
+            yield from _walk_nodes(value_node, section, f"{key}.", file, places)
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"{COMMAND_LINE}: {override!r}: expected key=value, for example train.steps=3")
+    key = key.strip()
+    field: FieldInfo | None = None
+    model: type[BaseModel] | None = Config
+    for part in key.split("."):
+        field = model.model_fields.get(part) if model else None
+        if field is None:
+            raise ConfigError(_unknown(key, COMMAND_LINE))
+        model = _section(field)
+    assert field is not None
+    if model is not None and text.strip() not in ("null", "{}"):  # null turns an optional section off, {} on
+        example = f"{key}.{next(iter(model.model_fields))}=..."
+        raise ConfigError(f"{COMMAND_LINE}: {key}: is a section; set its keys one by one ({example})")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        if not _accepts(field.annotation, str):
+            raise ConfigError(f"{COMMAND_LINE}: {key}: {text!r} is not valid YAML") from error
+        value = text
+    if value is None and not _accepts(field.annotation, type(None)):
+        value = text
+    # Where text is wanted, text is taken as typed: run_dir=2024 is a name, "{title}: {text}" a template.
+    if value is not None and not isinstance(value, str) and _accepts(field.annotation, str):
+        value = text
+    return key, value
+
+
+# The schema
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that is a section (optional ones too), else None."""
+    for kind in (field.annotation, *get_args(field.annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _accepts(annotation: Any, kind: type) -> bool:
+    """Whether a scalar of type ``kind`` can be meant: looks through unions, Annotated and Literal, not into tuples."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return any(type(value) is kind for value in get_args(annotation))
+    if origin is tuple:
+        return False
+    return annotation is kind or any(_accepts(part, kind) for part in get_args(annotation))
+
+
+def _field_rows(model: type[BaseModel], defaults: dict[str, Any] | None, prefix: str) -> Iterator[FieldRow]:
+    for name, field in model.model_fields.items():
+        key, section = f"{prefix}{name}", _section(field)
+        if defaults is not None:
+            default = defaults[name]
+        else:
+            default = field.get_default(call_default_factory=False)
+        if isinstance(default, BaseModel):
+            default = default.model_dump(mode="json")
+        shown = "required" if field.is_required() and defaults is None else _scalar(default)
+        if section is None:
+            yield FieldRow(key, shown, field.description or "")
+            continue
+        if default is None:
+            yield FieldRow(key, "null", field.description or "off unless one of the keys below is given")
+        yield from _field_rows(section, default, f"{key}.")
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = list(value)
+    if isinstance(value, str) and "\n" in value:
+        return json.dumps(value, ensure_ascii=False)
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("...").strip()
+
+
+def _unknown(key: str, place: str) -> str:
+    """Message for a key the schema lacks, naming the nearest: a sibling first, else the same word elsewhere."""
+    known = {k.rsplit(".", cut)[0] if cut else k for k in (row.key for row in field_rows()) for cut in range(4)}
+    prefix, _, last = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in sorted(known) if k.rpartition(".")[0] == prefix}
+    close = difflib.get_close_matches(last, siblings, n=1)
+    nearest = [siblings[close[0]]] if close else [k for k in sorted(known) if k.rpartition(".")[2] == last]
+    nearest = nearest or difflib.get_close_matches(key, known, n=1)
+    hint = f"; did you mean {' or '.join(nearest[:3])}?" if nearest else "; see jmlr print-config --fields"
+    return f"{place}: {key}: unknown key{hint}"
+
+
+# Trees
+
+
+def _nest(parts: Sequence[str], value: Any) -> dict[str, Any]:
+    for part in reversed(parts):
+        value = {part: value}
+    nested: dict[str, Any] = value
+    return nested
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
+    """Lays ``over`` on ``base`` in place, mapping by mapping; anything else replaces."""
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def _differences(a: Any, b: Any, key: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in a:
+            yield from _differences(a[name], b[name], f"{key}.{name}" if key else name)
+    elif a != b:
+        yield key, (a, b)
+
+
+def _may_change(key: str) -> bool:
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE_ON_RESUME)
+
+
+# Problems
+
+
+def _boolean_problems(
+    tree: dict[str, Any], model: type[BaseModel], places: dict[str, str], prefix: str = ""
+) -> Iterator[str]:
+    """YAML reads yes, on and true as booleans, and pydantic would read those as the number 1."""
+    for name, value in tree.items():
+        field, key = model.model_fields.get(name), f"{prefix}{name}"
+        if field is None:  # pydantic reports it
+            continue
+        section = _section(field)
+        if section is not None and isinstance(value, dict):
+            yield from _boolean_problems(value, section, places, f"{key}.")
+        elif isinstance(value, bool) and (_accepts(field.annotation, int) or _accepts(field.annotation, float)):
+            yield f"{_place(key, places)}{key} = {value}: expected a number, not a yes or no"
+
+
+def _describe(error: Any, tree: dict[str, Any], places: dict[str, str]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    place = _place(key, places)
+    if error["type"] == "value_error":  # a check across fields: its message names them
+        return f"{place}{key}: {message}" if key else f"{place}{message}"
+    if error["type"] == "missing":
+        return f"{place}{key}: is required, and was not given"
+    expected = EXPECTED.get(error["type"], message.removeprefix("Input should be "))
+    return f"{place}{key} = {error['input']!r}: expected {expected}"
+
+
+def _place(key: str, places: dict[str, str]) -> str:
+    """``file:line: `` of the key, or of the nearest section around it that was given, or nothing."""
+    while key:
+        if key in places:
+            return f"{places[key]}: "
+        key = key.rpartition(".")[0]
+    return ""
