@@ -44,7 +44,8 @@ class Question:
     Attributes:
         id: unique within its set.
         question: the text that is asked.
-        options: 2 to 10 choices, lettered A, B, ... in order; empty for a free-text question.
+        options: 2 to 10 choices, lettered A, B, ... in order; empty for a free-text question. Two may be equal, as
+            in one of 200 published MedMCQA questions.
         answer: the right answer as text; of a multiple-choice question, the right option.
         answer_index: its place in ``options``; -1 for free text.
         gold_doc_ids: passages (or documents) known to hold the answer; may be empty. Never shown to training.
@@ -52,8 +53,8 @@ class Question:
         meta: further labels a model must not see.
 
     Raises:
-        FieldError: on an empty text, a count of options other than 0 or 2..10, equal options, or an answer that is
-            not the option at ``answer_index``.
+        FieldError: on an empty text, a count of options other than 0 or 2..10, or an answer that is not
+            the option at ``answer_index``.
     """
 
     id: str
