@@ -1,0 +1,40 @@
+"""The late-interaction encoder (ColBERT, arXiv 2004.12832): BERT, a linear map without bias, unit-length vectors."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jmlr_jax.config import RetrieverConfig
+from jmlr_jax.nn.bert import Bert
+from jmlr_jax.nn.layers import fan_in, project, weight
+
+
+class Colbert(nnx.Module):
+    """Encoder of queries and passages into token vectors (METHOD step 1)."""
+
+    def __init__(self, cfg: RetrieverConfig, rngs: nnx.Rngs) -> None:
+        self.cfg = cfg
+        self.bert = Bert(cfg.bert, rngs)
+        D = cfg.bert.hidden_size
+        self.projection = weight(rngs, (D, cfg.dim), ("embed", "token_vector"), fan_in(1), cfg.bert.param_dtype)
+
+    def vectors(self, ids: jax.Array, key_length: jax.Array) -> jax.Array:
+        """Unit vectors ...xC of every token, float32."""
+        x = project(self.bert(ids, key_length), self.projection).astype(jnp.float32)
+        # The floor under the squared norm keeps value and gradient finite for a zero vector.
+        return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+
+    def queries(self, ids_BxQ: jax.Array, length_B: jax.Array) -> jax.Array:
+        """See :func:`jmlr_jax.nn.functional.encode_queries`."""
+        Q = ids_BxQ.shape[1]
+        if self.cfg.augment_queries:
+            return self.vectors(ids_BxQ, jnp.full_like(length_B, Q) if self.cfg.attend_to_mask_tokens else length_B)
+        real_BxQ = jnp.arange(Q) < length_B[:, None]
+        return jnp.where(real_BxQ[:, :, None], self.vectors(ids_BxQ, length_B), 0)
+
+    def passages(self, ids_NxP: jax.Array, length_N: jax.Array, skip_V: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See :func:`jmlr_jax.nn.functional.encode_passages`."""
+        keep_NxP = (jnp.arange(ids_NxP.shape[1]) < length_N[:, None]) & ~skip_V[ids_NxP]
+        return jnp.where(keep_NxP[:, :, None], self.vectors(ids_NxP, length_N), 0), keep_NxP

@@ -1,0 +1,227 @@
+"""What the models share: weight rows, initialisers, layer scan, projections with adapters, norms, rotary positions."""
+
+Weights are stored [in, out], heads split into their own axes (``q: [embed, heads, head_dim]``, ``o: [heads, head_dim,
+embed]``), so that each named axis can be sharded on its own and a projection contracts x's last axes with w's first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jmlr_jax.config import LlamaConfig
+
+Params = dict[str, Any]
+Initialiser = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+
+# ---------------------------------------------------------------------------------------------------------------
+# Initialisers: every random start is chosen here.
+
+ones: Initialiser = jax.nn.initializers.ones
+zeros: Initialiser = jax.nn.initializers.zeros
+embedding: Initialiser = jax.nn.initializers.normal(0.02)
+
+
+def fan_in(n_in: int, gain: float = 1.0) -> Initialiser:
+    """Normal with standard deviation ``gain / sqrt(size of the first n_in axes)``: keeps unit inputs at `gain`."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jax.random.normal(key, shape, dtype) * (gain / math.sqrt(math.prod(shape[:n_in])))
+
+    return init
+
+
+def residual(n_in: int, num_layers: int) -> Initialiser:
+    """:func:`fan_in` for the two projections that add to the residual stream, so that its growth is depth-free."""
+    return fan_in(n_in, (2 * num_layers) ** -0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Weights and layer stacks
+
+
+def weight(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: Initialiser, dtype: str
+) -> nnx.Param[jax.Array]:
+    """One weight: shape, logical axes (rules in :mod:`jmlr_jax.sharding`), initialiser and dtype, said once.
+
+    Random numbers are drawn in float32 and rounded to `dtype`, so that a narrower copy starts at the same point.
+    """
+    if len(shape) != len(axes):
+        raise ValueError(f"shape {shape} has {len(shape)} dimensions but {len(axes)} axis names {axes}")
+    return nnx.Param(init(rngs.params(), shape, jnp.float32).astype(dtype), axes=axes)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
+    """`count` independently initialised copies of a module, weights stacked on a leading axis named "layers"."""
+    split = nnx.split_rngs(splits=count)
+    stacked = split(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
+    for _, node in nnx.iter_graph(stacked):
+        if isinstance(node, nnx.Param):
+            node.set_metadata(axes=("layers", *node.axes))
+    return stacked
+
+
+def scan_layers(
+    layers: nnx.Module,
+    carry: Any,
+    inputs: Any,
+    body: Callable[[Any, Any, Any], tuple[Any, Any]],
+    remat: Literal["none", "full", "dots"],
+) -> tuple[Any, Any]:
+    """``lax.scan`` of ``body(layer, carry, input)`` over stacked layers and inputs with a leading layer axis.
+
+    Args:
+        remat: what the backward pass computes again. "full" keeps the carries alone, "dots" also keeps the outputs of
+            weight projections (products without batch dimensions), "none" keeps everything.
+
+    Returns:
+        The last carry and the stacked outputs.
+    """
+    graphdef, state = nnx.split(layers)
+
+    def step(carry: Any, layer: tuple[Any, Any]) -> tuple[Any, Any]:
+        return body(nnx.merge(graphdef, layer[0]), carry, layer[1])
+
+    if remat == "full":
+        step = jax.checkpoint(step, prevent_cse=False)
+    elif remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        step = jax.checkpoint(step, prevent_cse=False, policy=policy)
+    return jax.lax.scan(step, carry, (state, inputs))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Projections and their adapters
+
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down", "lm_head")  # projections that may carry an adapter
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adapters:
+    """Low-rank adapters ready for use: the weights of :mod:`jmlr_jax.lora` with what turns them into an update.
+
+    Attributes:
+        tree: ``{"layers": {target: {"a", "b"}}, "lm_head": {"a", "b"}}``; inside a layer ``{target: {"a", "b"}}``.
+        key: dropout key; None turns dropout off.
+        scale: alpha / rank.
+        dropout: probability of dropping an input of the adapter.
+    """
+
+    tree: Params
+    key: jax.Array | None
+    scale: float = field(metadata={"static": True})
+    dropout: float = field(metadata={"static": True})
+
+    def per_layer(self, num_layers: int) -> tuple[Params, jax.Array | None]:
+        """Tree and keys with a leading layer axis, to be scanned and put back with :meth:`at_layer`."""
+        keys = None if self.key is None else jax.random.split(self.key, num_layers)
+        return self.tree.get("layers", {}), keys
+
+    def at_layer(self, layer: tuple[Params, jax.Array | None]) -> Adapters:
+        """The adapters of one layer."""
+        return replace(self, tree=layer[0], key=layer[1])
+
+    def update(self, name: str, x: jax.Array, n_in: int) -> jax.Array | float:
+        """What the adapter of projection `name` adds to it: ``scale * dropout(x) a b``; 0.0 where there is none."""
+        if name not in self.tree:
+            return 0.0
+        if self.key is not None and self.dropout > 0:
+            keep = jax.random.bernoulli(jax.random.fold_in(self.key, TARGETS.index(name)), 1 - self.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+        a, b = self.tree[name]["a"].astype(x.dtype), self.tree[name]["b"].astype(x.dtype)
+        return jnp.tensordot(jnp.tensordot(x, a, n_in), b, 1) * self.scale
+
+
+def project(
+    x: jax.Array, w: nnx.Param[jax.Array], n_in: int = 1, name: str = "", adapters: Adapters | None = None
+) -> jax.Array:
+    """Contract the last `n_in` axes of x with the first `n_in` of w in x's dtype, plus the adapter of `name`."""
+    y = jnp.tensordot(x, w[...].astype(x.dtype), n_in)
+    return y if adapters is None else y + adapters.update(name, x, n_in)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Norms
+
+
+def rms_norm(x: jax.Array, scale: nnx.Param[jax.Array], eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, in float32, back in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, scale: nnx.Param[jax.Array], bias: nnx.Param[jax.Array], eps: float) -> jax.Array:
+    """Layer norm over the last axis, in float32, back in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale[...].astype(jnp.float32) + bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rotary positions
+
+
+def rope_table(cfg: LlamaConfig, position_BxT: jax.Array, length_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines BxTx(E/2), float32, of the rotation at each position.
+
+    Scalings follow the published definitions (linear; NTK-aware "dynamic"; Llama 3; YaRN, arXiv 2309.00071).
+    "dynamic" depends on the length of the sequence: each row uses its own `length_B`, so that a row's result does not
+    depend on its neighbours. Keys already in a cache keep the rotation of the length at which they were written.
+    """
+    frequency, magnitude = _rope_frequencies(cfg, length_B)
+    angle = position_BxT.astype(jnp.float32)[:, :, None] * frequency
+    return jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
+
+
+def apply_rope(x_BxTxHxE: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate the pairs (e, e + E/2), the layout of Hugging Face checkpoints; float32 inside, x's dtype outside."""
+    first, second = jnp.split(x_BxTxHxE.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BxTxHxE.dtype)
+
+
+def _rope_frequencies(cfg: LlamaConfig, length_B: jax.Array) -> tuple[Any, float]:
+    """Radians per position, (E/2,) or (B, 1, E/2), and the factor on cosines and sines."""
+    E = cfg.head_dim or cfg.hidden_size // cfg.num_heads
+    exponent = np.arange(0, E, 2, dtype=np.float32) / np.float32(E)
+    plain = (1.0 / cfg.rope_theta**exponent).astype(np.float32)
+    scaling = cfg.rope_scaling
+    if scaling is None:
+        return plain, 1.0
+    trained = scaling.original_max_positions or cfg.max_positions
+    if scaling.type == "linear":
+        return plain / np.float32(scaling.factor), 1.0
+    if scaling.type == "dynamic":
+        length = jnp.maximum(length_B, trained).astype(jnp.float32)
+        stretch = scaling.factor * length / trained - (scaling.factor - 1)
+        theta = cfg.rope_theta * stretch ** (E / (E - 2))
+        return (1.0 / theta[:, None] ** exponent)[:, None, :], 1.0
+    if scaling.type == "llama3":
+        turns = trained * plain / (2 * np.pi)  # full rotations within the length of pre-training
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = np.clip((turns - low) / (high - low), 0, 1)  # 0: slow, scaled; 1: fast, left alone
+        return (plain * (kept + (1 - kept) / scaling.factor)).astype(np.float32), 1.0
+
+    def pair_with(rotations: float) -> float:
+        """Index of the pair that turns this often within the length of pre-training."""
+        return E * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
+
+    first = max(math.floor(pair_with(scaling.beta_fast)), 0)
+    last = min(math.ceil(pair_with(scaling.beta_slow)), E - 1)
+    ramp = np.clip((np.arange(E // 2) - first) / max(last - first, 0.001), 0, 1)
+    magnitude = scaling.attention_factor
+    if magnitude is None:
+        magnitude = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return (plain * (1 - ramp) + plain / scaling.factor * ramp).astype(np.float32), magnitude

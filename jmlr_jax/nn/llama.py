@@ -1,0 +1,133 @@
+"""The Llama family: Llama 2 and 3, Mistral (sliding window), Qwen2 (biases), Qwen3 (normed queries and keys)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jmlr_jax.config import LlamaConfig
+from jmlr_jax.nn.attention import attend
+from jmlr_jax.nn.layers import (
+    Adapters,
+    Params,
+    apply_rope,
+    embedding,
+    fan_in,
+    ones,
+    project,
+    residual,
+    rms_norm,
+    rope_table,
+    scan_layers,
+    stack,
+    weight,
+    zeros,
+)
+from jmlr_jax.sharding import constrain
+
+HIDDEN = ("batch", "length", "hidden")
+
+
+class LlamaLayer(nnx.Module):
+    """Pre-norm attention and SwiGLU, each added to the residual stream."""
+
+    def __init__(self, cfg: LlamaConfig, rngs: nnx.Rngs) -> None:
+        self.cfg = cfg
+        D, F, H, G, t = cfg.hidden_size, cfg.intermediate_size, cfg.num_heads, cfg.num_kv_heads, cfg.param_dtype
+        E = cfg.head_dim or D // H
+        self.attn_norm = weight(rngs, (D,), ("norm",), ones, t)
+        self.q = weight(rngs, (D, H, E), ("embed", "heads", "head_dim"), fan_in(1), t)
+        self.k = weight(rngs, (D, G, E), ("embed", "kv_heads", "head_dim"), fan_in(1), t)
+        self.v = weight(rngs, (D, G, E), ("embed", "kv_heads", "head_dim"), fan_in(1), t)
+        self.o = weight(rngs, (H, E, D), ("heads", "head_dim", "embed"), residual(2, cfg.num_layers), t)
+        if cfg.qkv_bias:
+            self.q_bias = weight(rngs, (H, E), ("heads", "head_dim"), zeros, t)
+            self.k_bias = weight(rngs, (G, E), ("kv_heads", "head_dim"), zeros, t)
+            self.v_bias = weight(rngs, (G, E), ("kv_heads", "head_dim"), zeros, t)
+        if cfg.qk_norm:
+            self.q_norm = weight(rngs, (E,), ("norm",), ones, t)
+            self.k_norm = weight(rngs, (E,), ("norm",), ones, t)
+        self.mlp_norm = weight(rngs, (D,), ("norm",), ones, t)
+        self.gate = weight(rngs, (D, F), ("embed", "mlp"), fan_in(1), t)
+        self.up = weight(rngs, (D, F), ("embed", "mlp"), fan_in(1), t)
+        self.down = weight(rngs, (F, D), ("mlp", "embed"), residual(1, cfg.num_layers), t)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        position_BxT: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        cache: Params | None,
+        adapters: Adapters | None,
+    ) -> tuple[jax.Array, Params | None]:
+        """One layer on x BxTxD; `cache` holds keys and values BxSxGxE by position and comes back with these added."""
+        cfg = self.cfg
+        h = rms_norm(x, self.attn_norm, cfg.rms_norm_eps)
+        q, k, v = (project(h, getattr(self, name), 1, name, adapters) for name in "qkv")
+        if cfg.qkv_bias:
+            q, k, v = (y + b[...].astype(y.dtype) for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
+        if cfg.qk_norm:
+            q, k = rms_norm(q, self.q_norm, cfg.rms_norm_eps), rms_norm(k, self.k_norm, cfg.rms_norm_eps)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if cache is not None:
+            write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, 0))
+            start_B = position_BxT[:, 0]
+            cache = {"k": write(cache["k"], k, start_B), "v": write(cache["v"], v, start_B)}
+            k, v = cache["k"], cache["v"]
+        heads = attend(q, k, v, position_BxT=position_BxT, window=cfg.sliding_window)
+        x = x + project(heads, self.o, 2, "o", adapters)
+        h = rms_norm(x, self.mlp_norm, cfg.rms_norm_eps)
+        h = jax.nn.silu(project(h, self.gate, 1, "gate", adapters)) * project(h, self.up, 1, "up", adapters)
+        x = x + project(h, self.down, 1, "down", adapters)
+        return constrain(x, *HIDDEN), cache
+
+
+class Llama(nnx.Module):
+    """Embedding, stacked layers, final norm and, unless tied to the embedding, the head."""
+
+    def __init__(self, cfg: LlamaConfig, rngs: nnx.Rngs) -> None:
+        if cfg.vocab_size < 1:
+            raise ValueError("llama.vocab_size is 0: set it to the tokenizer's size before building the model")
+        self.cfg = cfg
+        V, D, t = cfg.vocab_size, cfg.hidden_size, cfg.param_dtype
+        self.embed = weight(rngs, (V, D), ("vocab", "embed"), embedding, t)
+        self.layers = stack(lambda r: LlamaLayer(cfg, r), cfg.num_layers, rngs)
+        self.final_norm = weight(rngs, (D,), ("norm",), ones, t)
+        if not cfg.tie_embeddings:
+            self.lm_head = weight(rngs, (D, V), ("embed", "vocab"), fan_in(1), t)
+
+    def __call__(
+        self,
+        tokens_BxT: jax.Array,
+        length_B: jax.Array,
+        start_B: jax.Array,
+        cache: Params | None,
+        adapters: Adapters | None,
+    ) -> tuple[jax.Array, Params | None]:
+        """Final-normed hidden states BxTxD of tokens at positions ``start + 0 .. start + T - 1``.
+
+        `length_B` counts a row's real tokens from position 0 on. Padding stands after them, so causality alone hides
+        it from every real token; its own outputs are set to zero.
+        """
+        cfg = self.cfg
+        position_BxT = start_B[:, None] + jnp.arange(tokens_BxT.shape[1])
+        rope = rope_table(cfg, position_BxT, length_B)
+        x = constrain(self.embed[...][tokens_BxT].astype(cfg.dtype), *HIDDEN)
+        inputs = (cache, None if adapters is None else adapters.per_layer(cfg.num_layers))
+
+        def body(layer: LlamaLayer, x: jax.Array, inputs: tuple) -> tuple[jax.Array, Params | None]:
+            cache, adapter = inputs
+            bound = None if adapters is None else adapters.at_layer(adapter)
+            return layer(x, position_BxT, rope, cache, bound)
+
+        x, cache = scan_layers(self.layers, x, inputs, body, cfg.remat)
+        x = rms_norm(x, self.final_norm, cfg.rms_norm_eps)
+        return jnp.where((position_BxT < length_B[:, None])[:, :, None], x, 0), cache
+
+    def logits(self, hidden: jax.Array, adapters: Adapters | None) -> jax.Array:
+        """Next-token logits ...xV, float32, at the given hidden states ...xD."""
+        hidden = hidden.astype(self.cfg.dtype)
+        head = self.embed[...].T if self.cfg.tie_embeddings else self.lm_head[...]
+        out = jnp.einsum("...d,dv->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return out if adapters is None else out + adapters.update("lm_head", hidden, 1)
