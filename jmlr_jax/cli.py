@@ -1,0 +1,205 @@
+"""The command line: ``jmlr COMMAND [--config FILE] [--run-dir DIR] [key=value ...]``.
+
+Nothing heavy is imported until a command runs, so that ``--help`` and ``print-config`` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn, get_args
+
+from jmlr_jax import config_io
+from jmlr_jax.config import ArmName, Config
+from jmlr_jax.errors import JmlrError
+
+ARMS = get_args(ArmName)
+DESCRIPTION = "Joint training of a late-interaction retriever and a language model on multiple-choice questions."
+EXAMPLES = """\
+examples:
+  jmlr run                                        the whole experiment on the embedded closed world
+  jmlr run --config smoke --run-dir runs/smoke    the same path in miniature, to see that it works
+  jmlr train --config my.yaml train.steps=2000 mesh.fsdp=4
+  jmlr eval --run-dir runs/a --arm jmlr           a run directory brings its own configuration
+  jmlr print-config --fields                      every key, its default and its meaning
+
+A value is the last of: the default, the preset (--config), key=value. `jmlr COMMAND --help` tells more.
+"""
+
+
+class _Command(NamedTuple):
+    """One subcommand: its help line, what it does, and an example."""
+
+    act: Callable[[Config, argparse.Namespace], None]
+    help: str
+    example: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments without the program's name; None takes ``sys.argv``.
+
+    Returns:
+        Exit status: 0 done, 2 something for the user to mend (one line per problem on stderr), 130 interrupted.
+
+    Raises:
+        SystemExit: from ``--help`` (0) and from arguments that do not parse (2).
+    """
+    parser = _parser()
+    # Overrides are what argparse does not know, so that they may stand before, between and after the options.
+    args, rest = parser.parse_known_args(argv)
+    for word in rest:
+        if word.startswith("-"):
+            parser.error(f"unknown option {word} for `jmlr {args.command}` (see jmlr {args.command} --help)")
+    try:
+        COMMANDS[args.command].act(_configuration(args, rest), args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has left: jmlr print-config | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (JmlrError, OSError) as error:
+        if args.debug:
+            traceback.print_exc()
+        for line in str(error).splitlines() or [type(error).__name__]:
+            print(f"jmlr: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jmlr: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _configuration(args: argparse.Namespace, overrides: list[str]) -> Config:
+    """The configuration asked for: that of ``--config``, else the one saved in ``--run-dir``, else the defaults."""
+    source: str | None = args.config
+    if args.run_dir is not None:
+        overrides = [*overrides, f"run_dir={args.run_dir}"]
+        saved = os.path.join(args.run_dir, config_io.RESOLVED_NAME)
+        if source is None and os.path.exists(saved):
+            source = saved
+            print(f"jmlr: configuration of {saved}", file=sys.stderr)
+    return config_io.load(source, overrides)
+
+
+# Commands. What a command imports, it imports when it runs.
+
+
+def _prepare(config: Config, args: argparse.Namespace) -> None:
+    from etils import epath
+
+    from jmlr_jax.data.prepare import prepare
+
+    prepare(config, epath.Path(config.run_dir) / "data")
+
+
+def _index(config: Config, args: argparse.Namespace) -> None:
+    from jmlr_jax import pipeline
+
+    pipeline.index(config)
+
+
+def _train(config: Config, args: argparse.Namespace) -> None:
+    from jmlr_jax import pipeline
+
+    for arm in config.eval.arms if args.arm == "all" else (args.arm,):
+        pipeline.train(config, arm)
+
+
+def _eval(config: Config, args: argparse.Namespace) -> None:
+    from jmlr_jax import pipeline
+
+    pipeline.evaluate(config, config.eval.arms if args.arm == "all" else (args.arm,))
+
+
+def _report(config: Config, args: argparse.Namespace) -> None:
+    from etils import epath
+
+    from jmlr_jax import report
+
+    report.report(epath.Path(config.run_dir))
+
+
+def _run(config: Config, args: argparse.Namespace) -> None:
+    from jmlr_jax import pipeline
+
+    pipeline.run_all(config, args.seeds)
+    print(config.run_dir)
+
+
+def _print_config(config: Config, args: argparse.Namespace) -> None:
+    if not args.fields:
+        print(config_io.to_yaml(config), end="")
+        return
+    for row in config_io.field_rows():
+        print(f"{row.key} = {row.default}" + (f"\n    {row.description}" if row.description else ""))
+
+
+COMMANDS = {
+    "prepare": _Command(
+        _prepare,
+        "read questions and passages, split, filter leakage, tokenise",
+        "jmlr prepare --run-dir runs/a data.questions=jsonl data.train_path=train.jsonl",
+    ),
+    "index": _Command(_index, "encode the passages and build the index", "jmlr index --run-dir runs/a"),
+    "train": _Command(_train, "train one arm, or continue it", "jmlr train --run-dir runs/a --arm bm25"),
+    "eval": _Command(_eval, "evaluate trained arms", "jmlr eval --run-dir runs/a eval.split=dev"),
+    "report": _Command(_report, "write tables and figures of a run", "jmlr report --run-dir runs/a"),
+    "run": _Command(_run, "all of the above, for one seed or several", "jmlr run --seeds 3 --run-dir runs/a"),
+    "print-config": _Command(
+        _print_config, "show the configuration that a command would use", "jmlr print-config --config smoke"
+    ),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in the same form as all others: one line, exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"jmlr: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        prog="jmlr",
+        usage="jmlr COMMAND [--config FILE] [--run-dir DIR] [key=value ...]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            usage=f"jmlr {name} [options] [key=value ...]",
+            help=command.help,
+            description=command.help.capitalize() + ".",
+            epilog=f"example: {command.example}",
+            formatter_class=raw,
+            allow_abbrev=False,
+        )
+        shipped = ", ".join(config_io.presets()) or "none found"
+        sub.add_argument("--config", metavar="FILE", help=f"YAML file, or the name of a preset ({shipped})")
+        sub.add_argument("--run-dir", metavar="DIR", help="where the run lives; short for run_dir=DIR")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if name == "train":
+            sub.add_argument("--arm", choices=(*ARMS, "all"), default="jmlr", help="default: jmlr; all: eval.arms")
+        elif name == "eval":
+            sub.add_argument("--arm", choices=(*ARMS, "all"), default="all", help="default: all (eval.arms)")
+        elif name == "run":
+            sub.add_argument("--seeds", type=_positive, default=1, metavar="N", help="runs seeds 0 to N-1; default: 1")
+        elif name == "print-config":
+            sub.add_argument("--fields", action="store_true", help="every key with its default and description")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
