@@ -1,4 +1,4 @@
-"""What the models share: weight rows, initialisers, layer scan, projections with adapters, norms, rotary positions."""
+"""What the models share: weight rows, initialisers, layer scan, projections with adapters, norms, rotary positions.
 
 Weights are stored [in, out], heads split into their own axes (``q: [embed, heads, head_dim]``, ``o: [heads, head_dim,
 embed]``), so that each named axis can be sharded on its own and a projection contracts x's last axes with w's first.
