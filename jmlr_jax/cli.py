@@ -163,13 +163,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
         prog="jmlr",
         usage="jmlr COMMAND [--config FILE] [--run-dir DIR] [key=value ...]",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=raw,
+        formatter_class=_formatter,
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
@@ -180,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
             help=command.help,
             description=command.help.capitalize() + ".",
             epilog=f"example: {command.example}",
-            formatter_class=raw,
+            formatter_class=_formatter,
             allow_abbrev=False,
         )
         shipped = ", ".join(config_io.presets()) or "none found"
@@ -196,6 +195,10 @@ def _parser() -> argparse.ArgumentParser:
         elif name == "print-config":
             sub.add_argument("--fields", action="store_true", help="every key with its default and description")
     return parser
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=18)
 
 
 def _positive(text: str) -> int:

