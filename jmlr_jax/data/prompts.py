@@ -48,7 +48,7 @@ def check_template(key: str, template: str) -> None:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Renders the pieces; make one only from a checked configuration. Braces in questions and passages are plain text."""
+    """Renders the pieces of a checked configuration; braces in questions and passages are plain text."""
 
     retriever: RetrieverConfig
     generator: GeneratorConfig

@@ -6,9 +6,9 @@ quote, a missing column) stops the reading in either mode.
 
 Plain formats, for everything that is not published in one of its own:
 
-* questions, JSONL: ``question``; ``answer``; optional ``id``, ``options`` (object ``{"A": ...}`` or list; without it the
-  answer is free text), ``gold_doc_ids`` (list), ``kind``, ``meta`` (object). The answer is the letter of an option, or,
-  with a list, also its text.
+* questions, JSONL: ``question``; ``answer``; optional ``id``, ``options`` (object ``{"A": ...}`` or list; without it
+  the answer is free text), ``gold_doc_ids`` (list), ``kind``, ``meta`` (object). The answer is the letter of an option,
+  or, with a list, also its text.
 * questions, CSV and TSV with a header: ``question``, ``answer``; optional ``id``, ``kind``, ``gold_doc_ids`` (joined by
   ``|``), and the options in columns ``A`` to ``J`` or ``option_a`` to ``option_j``, unused ones empty.
 * passages: ``text``, ``id``; optional ``title``, ``source``, ``url``; as JSONL, CSV or TSV, told by the file's suffix.

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from jmlr_jax.data.schema import Passage
 
-# A sentence ends at . ! or ?, closing quotes and brackets included, where white space follows; a paragraph ends one too.
+# A sentence ends at . ! or ?, closing quotes and brackets included, where white space follows; so does a paragraph.
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+|\n\s*\n\s*")
 
 
