@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jmlr_jax.config import MeshConfig
+from jmlr_jax.errors import JmlrError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -46,7 +47,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-class ShardingError(ValueError):
+class ShardingError(JmlrError, ValueError):
     """The mesh, a weight and the rule table do not fit together; the message carries the numbers."""
 
 

@@ -8,6 +8,7 @@ from string import Formatter
 
 from jmlr_jax.config import Config, GeneratorConfig, RetrieverConfig
 from jmlr_jax.data.schema import LETTERS, Passage, Question
+from jmlr_jax.errors import JmlrError
 
 _FIELDS = {
     "retriever.query_template": ("question", "options"),
@@ -19,7 +20,7 @@ _FIELDS = {
 }
 
 
-class TemplateError(ValueError):
+class TemplateError(JmlrError, ValueError):
     """A template of the configuration that cannot be filled in."""
 
 

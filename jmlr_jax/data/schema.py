@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from jmlr_jax.errors import JmlrError
+
 SPLITS = ("train", "dev", "test")
 LETTERS = "ABCDEFGHIJ"
 MIN_OPTIONS, MAX_OPTIONS = 2, len(LETTERS)
 
 
-class RecordError(ValueError):
+class RecordError(JmlrError, ValueError):
     """A record that cannot be read: which file, line and field, what was expected and what stood there."""
 
     def __init__(self, file: str, line: int, field: str, expected: str, got: object) -> None:
@@ -20,7 +22,7 @@ class RecordError(ValueError):
         self.file, self.line, self.field, self.expected, self.got = file, line, field, expected, got
 
 
-class FieldError(ValueError):
+class FieldError(JmlrError, ValueError):
     """What is wrong with one field of a record, before anybody knows the file and line it came from."""
 
     def __init__(self, field: str, expected: str, got: object) -> None:

@@ -18,12 +18,13 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jmlr_jax.config import RetrieverConfig
+from jmlr_jax.errors import JmlrError
 
 BYTES = 256
 _GENERATOR_SPECIALS = ("<pad>", "<s>", "</s>")
 
 
-class TokenizerError(ValueError):
+class TokenizerError(JmlrError, ValueError):
     """A tokenizer that lacks what the layout needs."""
 
 
