@@ -1,0 +1,193 @@
+"""Reports of small made-up run directories: numbers, missing files, escaping."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from jmlr_jax.errors import JmlrError
+from jmlr_jax.metrics import bootstrap_interval
+from jmlr_jax.report import ARMS, report
+
+EVIL = "<script>alert('x')</script> & \"quotes\""
+
+
+def write_arm(folder, arm, accuracy, n=40, seed=0, evil=False):
+    rng = np.random.default_rng([seed, ARMS.index(arm)])
+    rows = []
+    for i in range(n):
+        correct = bool(rng.random() < accuracy)
+        rows.append(
+            {
+                "id": f"q{i}",
+                "question": EVIL if evil else f"Question {i}?",
+                "kind": EVIL if evil and i % 2 else "a.b",
+                "group": f"g{i // 4}",
+                "options": 4,
+                "option_texts": ["w", EVIL if evil else "x", "y", "z"],
+                "answer": 1,
+                "prediction": 1 if correct else 2,
+                "correct": correct,
+                "generated": EVIL if evil else "x",
+                "parsed": None if i % 10 == 0 else 1,
+                "generated_correct": i % 10 != 0,
+                "passages": [EVIL if evil else "p1"],
+            }
+        )
+    mean = float(np.mean([row["correct"] for row in rows]))
+    (folder / "eval").mkdir(parents=True, exist_ok=True)
+    (folder / "eval" / f"{arm}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = {
+        "arm": arm,
+        "n": n,
+        "accuracy": mean,
+        "low": mean - 0.1,
+        "high": mean + 0.1,
+        "accuracy_sum": mean,
+        "chance": 0.25,
+        "generation": {"accuracy": 0.9, "low": 0.8, "high": 1.0, "unparsed": 4},
+        "nll": {"with_passages": 0.5 + seed, "without_passages": 1.5 + seed, "gain": 1.0},
+    }
+    (folder / "eval" / f"{arm}.json").write_text(json.dumps(summary))
+    lines = [{"step": s, "loss/answer": 3.0 / (1 + s), "rank/pair_accuracy": 0.5 + s / 100} for s in range(30)]
+    (folder / "arms" / arm).mkdir(parents=True)
+    (folder / "arms" / arm / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return mean, rows
+
+
+def write_rest(folder, seed=0):
+    scores = {"recall@1": 0.2 + 0.1 * seed, "recall@5": 0.4, "mrr@10": 0.3, "ndcg@10": 0.3, "n": 40}
+    after = {"recall@1": 0.7, "recall@5": 0.9, "mrr@10": 0.8, "ndcg@10": 0.8, "n": 40}
+    (folder / "eval").mkdir(parents=True, exist_ok=True)
+    retriever = {"before": scores, "after": after, "arms": {"bm25": scores}}
+    (folder / "eval" / "retriever.json").write_text(json.dumps(retriever))
+    (folder / "timing.json").write_text(json.dumps({"train": 10.0 + 2 * seed, "total": 30.0}))
+    (folder / "data").mkdir()
+    (folder / "data" / "prepare.json").write_text(
+        json.dumps({"passages": 12, "notes": {"file": EVIL, "rows": [1] * 9}})
+    )
+    (folder / "config.yaml").write_text(f'seed: {seed}\nrun_dir: "{folder.name} <b>"\n')
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """Two seeds with every arm; returns (folder, page, report.json, {(seed, arm): (accuracy, rows)})."""
+    root = tmp_path_factory.mktemp("run")
+    truth = {}
+    for seed in (0, 1):
+        folder = root / f"seed_{seed}"
+        for i, arm in enumerate(ARMS):
+            truth[seed, arm] = write_arm(folder, arm, 0.9 - 0.1 * i, seed=seed, evil=arm == "jmlr")
+        write_rest(folder, seed)
+    page = report(root, resamples=300)
+    return root, page.read_text(), json.loads((root / "report.json").read_text()), truth
+
+
+def test_report_json_has_the_agreed_form(full):
+    _, _, content, _ = full
+    assert set(content["arms"]) == {"jmlr", "frozen", "closed_book", "random", "bm25", "separate"}
+    for row in content["arms"].values():
+        assert all(isinstance(row[key], int | float) for key in ("accuracy", "low", "high", "n", "unparsed"))
+        assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
+    for metric in ("recall@1", "recall@5"):
+        assert set(content["retriever"][metric]) == {"before", "after"}
+    assert content["seeds"] == 2
+    assert set(content["seconds"]) == {"train", "total"}
+    assert content["missing"] == []
+
+
+def test_numbers_over_seeds(full):
+    _, _, content, truth = full
+    for arm, row in content["arms"].items():
+        accuracies = [truth[seed, arm][0] for seed in (0, 1)]
+        rows = truth[0, arm][1] + truth[1, arm][1]
+        assert row["per_seed"] == pytest.approx(accuracies) and row["accuracy"] == pytest.approx(np.mean(accuracies))
+        assert (row["n"], row["unparsed"]) == (80, 8)
+        pooled = bootstrap_interval(
+            [float(r["correct"]) for r in rows], groups=[r["group"] for r in rows], resamples=300
+        )
+        assert (row["low"], row["high"]) == pytest.approx((pooled.low, pooled.high))
+        assert row["nll"] == pytest.approx(1.0) and row["nll_gain"] == pytest.approx(1.0)
+        assert sum(kind["n"] for kind in row["by_kind"].values()) == 80
+    assert content["retriever"]["recall@1"] == pytest.approx({"before": 0.25, "after": 0.7})
+    assert "n" not in content["retriever"]
+    assert content["retriever_by_arm"]["bm25"]["recall@1"] == pytest.approx(0.25)
+    assert content["seconds"] == {"train": 11.0, "total": 30.0}
+    assert content["chance"] == 0.25
+
+
+def test_differences_are_paired_by_seed_and_question(full):
+    _, _, content, truth = full
+    assert set(content["differences"]) == set(ARMS) - {"jmlr"}
+    for arm, row in content["differences"].items():
+        expected = [
+            a["correct"] - b["correct"]
+            for seed in (0, 1)
+            for a, b in zip(truth[seed, "jmlr"][1], truth[seed, arm][1], strict=True)
+        ]
+        assert row["mean"] == pytest.approx(np.mean(expected)) and row["n"] == 80
+        assert row["low"] <= row["mean"] <= row["high"] and 0 < row["p"] <= 1
+
+
+def test_page_escapes_everything_and_stands_alone(full):
+    _, page, _, _ = full
+    assert "<script" not in page and '<b>"' not in page
+    assert "&lt;script&gt;alert" in page
+    assert page.count('src="data:image/png;base64,') == 3
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    for arm_text in ("JMLR (joint)", "BM25", "closed book"):
+        assert arm_text in page
+    assert "How to read this" in page and "notes.file" in page and "(9 in all)" in page
+
+
+def test_figures_are_images(full):
+    root, _, _, _ = full
+    for name in ("accuracy.png", "training.png", "retriever.png"):
+        assert (root / name).read_bytes().startswith(b"\x89PNG")
+    assert not list(root.glob(".*partial"))
+
+
+def test_single_run_directory_with_gaps(tmp_path, capsys):
+    write_arm(tmp_path, "jmlr", 0.8)
+    write_arm(tmp_path, "bm25", 0.5)
+    (tmp_path / "eval" / "bm25.jsonl").unlink()  # the summary has to do
+    (tmp_path / "timing.json").write_text("{broken")
+    with (tmp_path / "arms" / "jmlr" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 29, "loss/answer": NaN}\n{"step": 30, "loss/ans')
+    page = report(tmp_path, resamples=100).read_text()
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert set(content["arms"]) == {"jmlr", "bm25"} and content["seeds"] == 1
+    assert content["arms"]["bm25"]["high"] == pytest.approx(content["arms"]["bm25"]["accuracy"] + 0.1)
+    assert (content["arms"]["bm25"]["n"], content["arms"]["bm25"]["unparsed"]) == (40, 4)
+    assert content["differences"] == {} and content["retriever"] == {}
+    assert content["seconds"] == {"train": None, "total": None}
+    missing = "\n".join(content["missing"])
+    for name in ("config.yaml", "frozen.json", "bm25.jsonl", "retriever.json", "prepare.json", "timing.json (not read"):
+        assert name in missing
+    assert "1 unreadable line " in missing
+    assert "frozen.json" in page
+    printed = capsys.readouterr().out
+    assert "JMLR" in printed and "missing:" in printed
+
+
+def test_only_configured_arms_are_missed(tmp_path):
+    (tmp_path / "config.yaml").write_text("eval:\n  arms: [jmlr, bm25]\n")
+    report(tmp_path, quiet=True)
+    missing = "\n".join(json.loads((tmp_path / "report.json").read_text())["missing"])
+    assert "jmlr.json" in missing and "bm25.json" in missing and "frozen" not in missing
+
+
+def test_empty_directory_and_no_directory(tmp_path, capsys):
+    page = report(tmp_path, quiet=True).read_text()
+    assert "No arm has been evaluated yet" in page and capsys.readouterr().out == ""
+    assert json.loads((tmp_path / "report.json").read_text())["arms"] == {}
+    with pytest.raises(JmlrError, match="no such run directory"):
+        report(tmp_path / "nowhere")
+
+
+def test_seeds_are_in_numeric_order(tmp_path):
+    for seed in (10, 2):
+        write_arm(tmp_path / f"seed_{seed}", "jmlr", 1.0 if seed == 2 else 0.0)
+    report(tmp_path, resamples=50, quiet=True)
+    assert json.loads((tmp_path / "report.json").read_text())["arms"]["jmlr"]["per_seed"] == [1.0, 0.0]
