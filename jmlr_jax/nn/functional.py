@@ -7,7 +7,7 @@ All functions trace under ``jax.jit``, ``jax.grad`` and ``jax.checkpoint``; conf
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -171,6 +171,7 @@ def _is_param(node: Any) -> bool:
     return isinstance(node, nnx.Param)
 
 
+@partial(jax.jit, static_argnums=0)
 def _init(cfg: ModelConfig, key: jax.Array) -> Params:
     return nnx.to_pure_dict(nnx.state(_build(cfg, nnx.Rngs(params=key)), nnx.Param))
 
