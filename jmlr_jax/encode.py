@@ -1,0 +1,160 @@
+"""Encoding a corpus or all questions: large batches of one compiled shape, over all devices of a mesh.
+
+The encoders are arguments (``nn.functional.encode_passages`` and ``encode_queries`` in the program), as is the way
+token rows are read, so nothing here knows a model or a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.progress import track
+
+from jmlr_jax.config import RetrieverConfig
+from jmlr_jax.retrieval.vectors import TokenVectors
+from jmlr_jax.sharding import partition_spec
+
+Params = Any
+ReadRows = Callable[
+    [np.ndarray], tuple[np.ndarray, np.ndarray]
+]  # row numbers [b] -> ids int32 [b, T], lengths int32 [b]
+EncodePassages = Callable[..., tuple[Array, Array]]  # (params, cfg, ids_bxP, length_b, skip_V) -> (p_bxPxC, keep_bxP)
+EncodeQueries = Callable[..., Array]  # (params, cfg, ids_bxQ, length_b) -> q_bxQxC
+
+
+# The encoder and its configuration are static: every refresh of a run finds the first one's compilation.
+@partial(jax.jit, static_argnames=("encode", "cfg", "everywhere"))
+def _passages(
+    params: Params,
+    ids: Array,
+    length: Array,
+    skip_V: Array,
+    *,
+    encode: EncodePassages,
+    cfg: RetrieverConfig,
+    everywhere: NamedSharding | None,
+) -> tuple[Array, Array]:
+    p_bxPxC, keep_bxP = encode(params, cfg, ids, length, skip_V)
+    return _replicate((p_bxPxC.astype(jnp.float16), keep_bxP), everywhere)
+
+
+@partial(jax.jit, static_argnames=("encode", "cfg", "everywhere"))
+def _queries(
+    params: Params,
+    ids: Array,
+    length: Array,
+    *,
+    encode: EncodeQueries,
+    cfg: RetrieverConfig,
+    everywhere: NamedSharding | None,
+) -> Array:
+    return _replicate(encode(params, cfg, ids, length).astype(jnp.float32), everywhere)
+
+
+def _replicate(tree: Any, everywhere: NamedSharding | None) -> Any:
+    """Results on every device, so that each host of a pod can read all of them."""
+    return tree if everywhere is None else jax.lax.with_sharding_constraint(tree, everywhere)
+
+
+def encode_corpus(
+    encode: EncodePassages,
+    params: Params,
+    cfg: RetrieverConfig,
+    read: ReadRows,
+    passages: int,
+    skip_V: np.ndarray,
+    *,
+    batch: int,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+) -> TokenVectors:
+    """Token vectors of every passage.
+
+    Args:
+      encode: ``nn.functional.encode_passages`` or its like; the same object on every call, or it compiles again.
+      params: of the retriever, on the device (sharded, where there is a mesh).
+      cfg: shape of the retriever.
+      read: token rows by number, such as ``partial(table.padded, length=..., pad_id=...)``.
+      passages: N, how many rows there are.
+      skip_V: bool, vocabulary entries that take no part in MaxSim.
+      batch: passages at once over all devices; rounded up to a multiple of the mesh's devices.
+      mesh: every batch is split over all its devices; None runs where ``params`` are.
+      progress: show a bar.
+
+    Raises:
+      ValueError: no passages.
+    """
+    if passages < 1:
+        raise ValueError("no passages to encode")
+    run = partial(_passages, params, encode=encode, cfg=cfg, everywhere=_everywhere(mesh))
+    bar = "encoding passages" if progress else None
+    vectors_NxPxC = keep_NxP = np.zeros(0)
+    done = 0
+    for n, (p, keep) in _pipelined(lambda ids, length: run(ids, length, skip_V), read, passages, batch, mesh, bar):
+        if done == 0:
+            vectors_NxPxC = np.empty((passages, *p.shape[1:]), np.float16)
+            keep_NxP = np.empty((passages, p.shape[1]), np.bool_)
+        vectors_NxPxC[done : done + n], keep_NxP[done : done + n] = np.asarray(p)[:n], np.asarray(keep)[:n]
+        done += n
+    return TokenVectors(vectors_NxPxC, keep_NxP)
+
+
+def encode_queries_batched(
+    encode: EncodeQueries,
+    params: Params,
+    cfg: RetrieverConfig,
+    read: ReadRows,
+    questions: int,
+    *,
+    batch: int,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+) -> Iterator[np.ndarray]:
+    """Token vectors of every question in order, float32 [n, Q, C] pieces of at most ``batch``.
+
+    Arguments as :func:`encode_corpus`; no questions, no pieces.
+    """
+    run = partial(_queries, params, encode=encode, cfg=cfg, everywhere=_everywhere(mesh))
+    bar = "encoding questions" if progress else None
+    for n, q_bxQxC in _pipelined(run, read, questions, batch, mesh, bar):
+        yield np.asarray(q_bxQxC)[:n]
+
+
+def _everywhere(mesh: Mesh | None) -> NamedSharding | None:
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+
+def _pipelined(
+    run: Callable[[Any, Any], Any], read: ReadRows, rows: int, batch: int, mesh: Mesh | None, bar: str | None
+) -> Iterator[tuple[int, Any]]:
+    """Runs every batch, yielding (rows that count, result); the device makes the next while the host reads one."""
+    if mesh is not None:
+        batch = -(-batch // mesh.size) * mesh.size
+    waiting: tuple[int, Any] | None = None
+    for first in track(range(0, rows, batch), bar or "", disable=bar is None, transient=True):
+        # The last batch keeps the shape: it is filled up with rows from the start, whose results are dropped.
+        ids, length = read(np.arange(first, first + batch) % rows)
+        # Set here, for as long as this call takes: a mesh is set per thread, and a refresh runs in its own.
+        with nullcontext() if mesh is None else jax.set_mesh(mesh):
+            result = run(_place(ids, mesh), _place(length, mesh))
+        if waiting is not None:
+            yield waiting
+        waiting = min(batch, rows - first), result
+    if waiting is not None:
+        yield waiting
+
+
+def _place(array: np.ndarray, mesh: Mesh | None) -> Any:
+    """A batch split over all devices of the mesh; every host has all rows and places its own."""
+    if mesh is None:
+        return array
+    sharding = NamedSharding(mesh, partition_spec(("encoder_batch",), "encoded rows"))
+    return jax.make_array_from_callback(array.shape, sharding, lambda where: array[where])
