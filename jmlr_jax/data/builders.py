@@ -8,7 +8,10 @@ declaring it (our own dependency list does), and a builder's module must live in
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
@@ -96,7 +99,10 @@ def write_corpus(directory: Path, passages: Sequence[Passage]) -> None:
 
 def _write(builder: _Builder) -> None:
     tfds.disable_progress_bar()
-    builder.download_and_prepare(download_dir=str(Path(builder.data_path).parent / "downloads"))
+    downloads = Path(builder.data_path).parent / "downloads"  # made even though nothing is downloaded
+    with contextlib.redirect_stdout(io.StringIO()):  # the library reports a download that is none
+        builder.download_and_prepare(download_dir=str(downloads))
+    shutil.rmtree(downloads, ignore_errors=True)
 
 
 class Records(Sequence[Record], Generic[Record]):
