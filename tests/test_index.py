@@ -95,6 +95,15 @@ def test_k_above_the_corpus_is_padded(kind):
     assert np.all(rows[:, 7:] == -1) and np.all(np.isneginf(scores[:, 7:]))
 
 
+def test_filling_of_a_short_block_is_no_passage(monkeypatch):
+    """7 passages in blocks of 3: the last block is filled up, and the filling must not be found."""
+    monkeypatch.setattr(exact, "SIMILARITY_BYTES", 3 * 4 * exact.QUERY_BATCH * QUERY_TOKENS * TOKENS)
+    vectors, q = clustered(7, 3)
+    rows, scores = ExactIndex(vectors).search(q, 9)
+    assert all(sorted(row[:7]) == list(range(7)) for row in rows)
+    assert np.all(rows[:, 7:] == -1) and np.all(np.isneginf(scores[:, 7:]))
+
+
 @pytest.mark.parametrize("kind", ["exact", "scann"])
 def test_wrong_queries_are_refused(kind):
     vectors, q = clustered(30, 3)
