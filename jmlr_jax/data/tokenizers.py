@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from jmlr_jax.config import RetrieverConfig
 from jmlr_jax.errors import JmlrError
 
 BYTES = 256
+_MAX_LETTERS = 1000  # of the retriever's alphabet; rarer ones are unknown
 _GENERATOR_SPECIALS = ("<pad>", "<s>", "</s>")
 
 
@@ -85,6 +87,7 @@ def encoder(tokenizer: PreTrainedTokenizerFast, *, continues: bool = False) -> T
     if continues:
         spec["normalizer"] = _without_leading_space(spec["normalizer"])
         spec["pre_tokenizer"] = _without_leading_space(spec["pre_tokenizer"])
+    spec["post_processor"] = None  # it would add special tokens
     engine = Tokenizer.from_str(json.dumps(spec))
     engine.no_truncation()
     engine.no_padding()
@@ -107,22 +110,37 @@ def _without_leading_space(part: dict[str, Any] | None) -> dict[str, Any] | None
     return part
 
 
-def train_retriever_tokenizer(texts: Iterable[str], cfg: RetrieverConfig, directory: str) -> None:
+def train_retriever_tokenizer(texts: Sequence[str], cfg: RetrieverConfig, directory: str) -> None:
     """Trains a lower-casing WordPiece of at most ``cfg.tokenizer_vocab`` tokens and saves it as a directory.
 
-    Equal texts give an equal tokenizer.
+    Equal texts give an equal tokenizer. The trainer itself numbers word-inner letters (``##a``) in the order of a hash
+    map that differs from run to run, and breaks ties by these numbers. So it is handed the letters as reserved tokens
+    in a fixed order, and the vocabulary it finds goes into a fresh model where only the real special ones are reserved.
     """
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     specials += [marker for marker in dict.fromkeys((cfg.query_marker, cfg.passage_marker)) if marker not in specials]
-    engine = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    engine.normalizer = normalizers.BertNormalizer(lowercase=True)
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    counts = Counter(string.punctuation)
+    for text in texts:
+        counts.update(normalizer.normalize_str(text))
+    by_count = sorted((letter for letter in counts if not letter.isspace()), key=lambda x: (-counts[x], x))
+    letters = sorted(by_count[: min(_MAX_LETTERS, cfg.tokenizer_vocab // 4)])
+    inner = [letter for letter in letters if letter not in string.punctuation]  # punctuation is always a word of its own
+    reserved = [*letters, *(f"##{letter}" for letter in inner)]
+
+    trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    trained.normalizer = normalizer
+    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    size = cfg.tokenizer_vocab - len(specials)
+    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=reserved, limit_alphabet=0, show_progress=False)
+    trained.train_from_iterator(texts, trainer)
+    found = sorted(trained.get_vocab().items(), key=lambda item: item[1])
+    vocabulary = {token: number for number, token in enumerate([*specials, *(token for token, _ in found)])}
+    engine = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
+    engine.add_special_tokens(specials)
+    engine.normalizer = normalizer
     engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     engine.decoder = decoders.WordPiece()
-    alphabet = sorted(set(string.punctuation))
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=cfg.tokenizer_vocab, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
-    engine.train_from_iterator(texts, trainer)
     engine.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -138,7 +156,7 @@ def train_retriever_tokenizer(texts: Iterable[str], cfg: RetrieverConfig, direct
     ).save_pretrained(directory)
 
 
-def train_generator_tokenizer(texts: Iterable[str], vocab_size: int, directory: str) -> None:
+def train_generator_tokenizer(texts: Sequence[str], vocab_size: int, directory: str) -> None:
     """Trains a byte-level BPE and saves it as a directory: any text has tokens, and common words are single ones.
 
     Raises:
