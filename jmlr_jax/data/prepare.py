@@ -93,8 +93,8 @@ def _prepare_into(cfg: Config, out: Path, console: Console | None) -> dict[str, 
     skip_V = punctuation_table(retriever, r_ids.vocab_size, skip=cfg.retriever.skip_punctuation)
     save_array(out / "tokens" / "skip.npy", skip_V)
 
-    tables = _Tables(cfg, prompts, encoder(retriever), encoder(generator, continues=True), r_ids, g_ids, out / "tokens")
-    tables.progress = console is not None
+    engines = encoder(retriever), encoder(generator, continues=True)
+    tables = _Tables(cfg, prompts, *engines, r_ids, g_ids, out / "tokens", console)
     row_of = {passage.id: row for row, passage in enumerate(sources.passages)}
     tables.write_passages(sources.passages)
     questions = {split: tables.write_split(split, sources.questions[split], row_of) for split in SPLITS}
@@ -139,7 +139,7 @@ class _Tables:
     retriever_ids: RetrieverIds
     generator_ids: GeneratorIds
     directory: Path
-    progress: bool = False
+    console: Console | None
     cuts: dict[str, dict[str, int]] = field(default_factory=dict)
     dropped: list[Misfit] = field(default_factory=list)
 
@@ -149,18 +149,18 @@ class _Tables:
         texts = [self.prompts.retrieved(passage) for passage in passages]
         limit = self.cfg.retriever.passage_length
         table, cut = tokenise(
-            self.retriever, texts, limit, "passages", before=before, after=after, progress=self.progress
+            self.retriever, texts, limit, "passages", before=before, after=after, console=self.console
         )
         self._save("passages", table, cut)
         texts = [self.prompts.reference(passage) for passage in passages]
         limit = self.cfg.generator.passage_length
-        self._save("references", *tokenise(self.generator, texts, limit, "references", progress=self.progress))
+        self._save("references", *tokenise(self.generator, texts, limit, "references", console=self.console))
 
     def write_split(self, split: str, questions: list[Question], row_of: dict[str, int]) -> list[Question]:
         """All tables of a split; returns the questions that fit, whose rows these are."""
-        asked, cut, too_long = tokenise_questions(self.generator, self.prompts, questions, progress=self.progress)
+        asked, cut, too_long = tokenise_questions(self.generator, self.prompts, questions, console=self.console)
         eos = self.generator_ids.eos
-        said, unanswerable = tokenise_answers(self.generator, self.prompts, questions, eos, progress=self.progress)
+        said, unanswerable = tokenise_answers(self.generator, self.prompts, questions, eos, console=self.console)
         misfits = too_long + unanswerable
         if misfits:
             if self.cfg.data.on_error == "stop":
@@ -180,9 +180,7 @@ class _Tables:
         before, after = self.retriever_ids.around("query")
         texts = [self.prompts.query(question) for question in questions]
         limit = self.cfg.retriever.query_length
-        table, cut = tokenise(
-            self.retriever, texts, limit, "queries", before=before, after=after, progress=self.progress
-        )
+        table, cut = tokenise(self.retriever, texts, limit, "queries", before=before, after=after, console=self.console)
         self._save(f"{split}.queries", table, cut)
         gold = TokenTable.of([row_of[doc] for doc in q.gold_doc_ids if doc in row_of] for q in questions)
         gold.save(self.directory, f"{split}.gold")

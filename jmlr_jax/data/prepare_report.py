@@ -120,8 +120,9 @@ def show(card: Mapping[str, Any], console: Console) -> None:
         console.print("leakage filter off (data.leakage_ngram=0)")
         return
     console.print(
-        f"leakage ({leakage['ngram']} words in a row): {leakage['removed']:,} of {leakage['passages']:,} removed, "
-        f"{leakage['gold_removed']:,} of them gold; {leakage['train_overlaps']:,} overlap training questions and stay"
+        f"leakage ({leakage['ngram']} words in a row): {leakage['removed']:,} of {leakage['passages']:,} passages "
+        f"removed, {leakage['gold_removed']:,} of them gold, which leaves {len(leakage['questions_without_gold']):,} "
+        f"questions without any; {leakage['train_overlaps']:,} passages overlap training questions and stay"
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from rich.console import Console
 from rich.progress import track
 from tokenizers import Tokenizer
 
@@ -49,11 +50,11 @@ class Misfit:
         return f"question {self.id}: {self.piece} needs {self.needed} tokens, {self.key} is {self.limit}"
 
 
-def encode_all(engine: Tokenizer, texts: Sequence[str], label: str, *, progress: bool) -> Iterable[np.ndarray]:
-    """Yields int32 token ids of each text, in batches and without special tokens."""
+def encode_all(engine: Tokenizer, texts: Sequence[str], label: str, console: Console | None) -> Iterable[np.ndarray]:
+    """Yields int32 token ids of each text, in batches and without special tokens; a bar on a terminal."""
     starts: Iterable[int] = range(0, len(texts), _BATCH)
-    if progress:
-        starts = track(starts, description=label, transient=True)
+    if console is not None and console.is_terminal:
+        starts = track(starts, description=label, console=console, transient=True)
     for start in starts:
         for encoding in engine.encode_batch_fast(list(texts[start : start + _BATCH]), add_special_tokens=False):
             yield np.asarray(encoding.ids, np.int32)
@@ -67,12 +68,12 @@ def tokenise(
     *,
     before: Sequence[int] = (),
     after: Sequence[int] = (),
-    progress: bool = False,
+    console: Console | None = None,
 ) -> tuple[TokenTable, CutCount]:
     """A table with a row ``before tokens after`` for each text; tokens lose their end so that it fits ``limit``."""
     room = limit - len(before) - len(after)
     rows, lengths = [], []
-    for ids in encode_all(engine, texts, label, progress=progress):
+    for ids in encode_all(engine, texts, label, console):
         lengths.append(len(ids))
         rows.append(np.concatenate([before, ids[:room], after]).astype(np.int32))
     over = [length - room for length in lengths if length > room]
@@ -81,13 +82,13 @@ def tokenise(
 
 
 def tokenise_questions(
-    engine: Tokenizer, prompts: Prompts, questions: Sequence[Question], *, progress: bool = False
+    engine: Tokenizer, prompts: Prompts, questions: Sequence[Question], *, console: Console | None = None
 ) -> tuple[TokenTable, CutCount, list[Misfit]]:
     """Questions with their options as the generator reads them; a row that does not fit is empty and a Misfit."""
     limit = prompts.generator.question_length
     texts = [prompts.question(question.question, question.options) for question in questions]
     rows, lengths, misfits = [], [], []
-    for place, ids in enumerate(encode_all(engine, texts, "questions (generator)", progress=progress)):
+    for place, ids in enumerate(encode_all(engine, texts, "questions (generator)", console)):
         lengths.append(len(ids))
         if len(ids) > limit:
             ids = _shortened(engine, prompts, questions[place], len(ids), limit)
@@ -127,15 +128,15 @@ class AnswerTables:
 
 
 def tokenise_answers(
-    engine: Tokenizer, prompts: Prompts, questions: Sequence[Question], eos: int, *, progress: bool = False
+    engine: Tokenizer, prompts: Prompts, questions: Sequence[Question], eos: int, *, console: Console | None = None
 ) -> tuple[AnswerTables, list[Misfit]]:
     """Right answers, and every option as an answer; a question with a row that does not fit is a Misfit."""
     limit = prompts.generator.answer_length
     texts = [prompts.answer(question) for question in questions]
     option_texts = [prompts.answer(question, i) for question in questions for i in range(len(question.options))]
     starts = np.concatenate([[0], np.cumsum([len(question.options) for question in questions])]).astype(np.int64)
-    answers = [np.append(ids, eos) for ids in encode_all(engine, texts, "answers", progress=progress)]
-    options = [np.append(ids, eos) for ids in encode_all(engine, option_texts, "options", progress=progress)]
+    answers = [np.append(ids, eos) for ids in encode_all(engine, texts, "answers", console)]
+    options = [np.append(ids, eos) for ids in encode_all(engine, option_texts, "options", console)]
     misfits = []
     for place, question in enumerate(questions):
         pieces = [answers[place], *options[starts[place] : starts[place + 1]]]

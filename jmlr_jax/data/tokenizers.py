@@ -125,7 +125,7 @@ def train_retriever_tokenizer(texts: Sequence[str], cfg: RetrieverConfig, direct
         counts.update(normalizer.normalize_str(text))
     by_count = sorted((letter for letter in counts if not letter.isspace()), key=lambda x: (-counts[x], x))
     letters = sorted(by_count[: min(_MAX_LETTERS, cfg.tokenizer_vocab // 4)])
-    inner = [letter for letter in letters if letter not in string.punctuation]  # punctuation is always a word of its own
+    inner = [letter for letter in letters if letter not in string.punctuation]  # punctuation stands alone
     reserved = [*letters, *(f"##{letter}" for letter in inner)]
 
     trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
