@@ -1,0 +1,123 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on the decoder's projections, in a tree of their own.
+
+The adapter of a projection w [in, out] is a [in, rank] and b [rank, out]; it adds ``alpha / rank * x a b``. The base
+stays outside the gradients: train the tree of :func:`init_lora` and pass ``bind(tree, ...)`` to the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jmlr_jax.config import LlamaConfig, LoraConfig
+from jmlr_jax.nn.functional import abstract_params, logical_axes
+from jmlr_jax.nn.layers import TARGETS, Adapters, Params, fan_in
+
+IN_AXES = {"o": 2}  # leading axes that a projection contracts (heads and head width here); 1 elsewhere
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def init_lora(cfg: LoraConfig, llama: LlamaConfig, key: jax.Array) -> Params:
+    """Adapters that change nothing yet: a normal with variance 1 / in, b zero; both float32.
+
+    Returns:
+        ``{"layers": {target: {"a": [layers, in..., rank], "b": [layers, rank, out...]}}, "lm_head": {"a", "b"}}``.
+
+    Raises:
+        ValueError: a target that this decoder has no projection for, or one named twice.
+    """
+    shapes = abstract_lora(cfg, llama)
+
+    def one(name: str, shape: dict[str, jax.ShapeDtypeStruct], layered: bool) -> Params:
+        here = jax.random.fold_in(key, TARGETS.index(name))
+        a = fan_in(IN_AXES.get(name, 1))
+        if layered:
+            keys = jax.random.split(here, llama.num_layers)
+            value = jax.vmap(lambda k: a(k, shape["a"].shape[1:], jnp.float32))(keys)
+        else:
+            value = a(here, shape["a"].shape, jnp.float32)
+        return {"a": value, "b": jnp.zeros(shape["b"].shape, jnp.float32)}
+
+    tree: Params = {"layers": {name: one(name, shape, True) for name, shape in shapes["layers"].items()}}
+    if "lm_head" in shapes:
+        tree["lm_head"] = one("lm_head", shapes["lm_head"], False)
+    return tree
+
+
+def abstract_lora(cfg: LoraConfig, llama: LlamaConfig) -> Params:
+    """The tree of :func:`init_lora` as ``ShapeDtypeStruct``; the same errors."""
+
+    def pair(name: str, base: jax.ShapeDtypeStruct, layered: bool) -> Params:
+        lead, inner, outer = _split(name, base.shape, layered)
+        shapes = {"a": (*lead, *inner, cfg.rank), "b": (*lead, cfg.rank, *outer)}
+        return {k: jax.ShapeDtypeStruct(shape, jnp.float32) for k, shape in shapes.items()}
+
+    return _map_targets(cfg, llama, abstract_params(llama), pair)
+
+
+def lora_axes(cfg: LoraConfig, llama: LlamaConfig) -> Params:
+    """The tree of :func:`init_lora` with logical axis names, those of the base weight around "rank"."""
+
+    def pair(name: str, base: tuple[str, ...], layered: bool) -> Params:
+        lead, inner, outer = _split(name, base, layered)
+        return {"a": (*lead, *inner, "rank"), "b": (*lead, "rank", *outer)}
+
+    return _map_targets(cfg, llama, logical_axes(llama), pair)
+
+
+def bind(tree: Params, cfg: LoraConfig, key: jax.Array | None = None) -> Adapters:
+    """Adapters as the model takes them; with a key their inputs are dropped at cfg.dropout, without one never."""
+    return Adapters(tree=tree, key=key, scale=cfg.alpha / cfg.rank, dropout=cfg.dropout)
+
+
+@partial(jax.jit, static_argnums=2)
+def merge(params: Params, tree: Params, cfg: LoraConfig) -> Params:
+    """Decoder weights with the adapters added to them, computed in float32, in each weight's own dtype.
+
+    Raises:
+        ValueError: an adapter whose weight is not in `params`.
+    """
+
+    def add(name: str, w: jax.Array, adapter: Params, layered: bool) -> jax.Array:
+        def product(a: jax.Array, b: jax.Array) -> jax.Array:
+            return jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1)
+
+        delta = (jax.vmap(product) if layered else product)(adapter["a"], adapter["b"])
+        return (w.astype(jnp.float32) + cfg.alpha / cfg.rank * delta).astype(w.dtype)
+
+    adapters = tree.get("layers", {})
+    lost = sorted(adapters.keys() - params["layers"].keys()) + sorted(tree.keys() - {"layers"} - params.keys())
+    if lost:
+        raise ValueError(f"adapters {', '.join(lost)} have no weight to merge into")
+    layers = {name: add(name, params["layers"][name], adapter, True) for name, adapter in adapters.items()}
+    merged = params | {"layers": params["layers"] | layers}
+    if "lm_head" in tree:
+        merged["lm_head"] = add("lm_head", params["lm_head"], tree["lm_head"], False)
+    return merged
+
+
+def _split(name: str, axes: tuple[Any, ...], layered: bool) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+    """Shape or axis names of a base weight as (layer axis if any, contracted axes, produced axes)."""
+    lead = int(layered)
+    inner = lead + IN_AXES.get(name, 1)
+    return axes[:lead], axes[lead:inner], axes[inner:]
+
+
+def _map_targets(cfg: LoraConfig, llama: LlamaConfig, base: Params, pair: Callable[[str, Any, bool], Params]) -> Params:
+    """The adapter tree made by ``pair(target, entry of the base tree, is it stacked)``."""
+    doubled = sorted({name for name in cfg.targets if cfg.targets.count(name) > 1})
+    if doubled:
+        raise ValueError(f"lora.targets names {', '.join(doubled)} twice")
+    present = [name for name in TARGETS if name in base["layers"] or name in base]
+    for name in cfg.targets:
+        if name not in present:
+            tied = " (the head is tied to the embedding: llama.tie_embeddings)" if name == "lm_head" else ""
+            raise ValueError(f"lora.targets: {name!r} matches no projection{tied}; there are {', '.join(present)}")
+    tree: Params = {"layers": {n: pair(n, base["layers"][n], True) for n in cfg.targets if n != "lm_head"}}
+    if "lm_head" in cfg.targets:
+        tree["lm_head"] = pair("lm_head", base["lm_head"], False)
+    return tree

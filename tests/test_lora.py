@@ -1,0 +1,122 @@
+"""Adapters: a start that changes nothing, merging, what is trained, dropout, errors."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmlr_jax.config import LlamaConfig, LoraConfig
+from jmlr_jax.lora import abstract_lora, bind, init_lora, lora_axes, merge
+from jmlr_jax.nn import functional as F
+from jmlr_jax.nn.layers import TARGETS
+
+V = 40
+LLAMA = LlamaConfig(vocab_size=V, num_kv_heads=2, tie_embeddings=False)
+LORA = LoraConfig(rank=4, alpha=12.0, dropout=0.5)
+KEY = jax.random.key(0)
+IDS = np.random.default_rng(0).integers(0, V, (2, 7))
+LENGTHS = np.array([7, 4])
+
+
+@pytest.fixture(scope="module")
+def params() -> dict:
+    return F.init_llama(LLAMA, KEY)
+
+
+def moved(tree: dict) -> dict:
+    """The adapters away from their start, so that b is not zero."""
+    leaves, form = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return form.unflatten([0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+@jax.jit
+def logits(params: dict, adapters: object = None) -> jax.Array:
+    hidden = F.llama_hidden(params, LLAMA, IDS, jnp.asarray(LENGTHS), adapters=adapters)
+    return F.llama_logits(params, LLAMA, hidden, adapters=adapters)
+
+
+def test_the_start_changes_nothing_and_has_the_declared_shapes(params: dict) -> None:
+    tree = init_lora(LORA, LLAMA, KEY)
+    assert set(tree["layers"]) | {"lm_head"} == set(TARGETS)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), tree) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), abstract_lora(LORA, LLAMA)
+    )
+    np.testing.assert_array_equal(logits(params, bind(tree, LORA)), logits(params))
+    a = tree["layers"]["o"]["a"]
+    assert a.shape == (2, 4, 16, 4) and not np.allclose(a[0], a[1])
+    np.testing.assert_allclose(a.std(), 64**-0.5, rtol=0.2)
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ("v", "down"), ("lm_head",)])
+def test_merged_weights_equal_adapters(params: dict, targets: tuple[str, ...]) -> None:
+    cfg = LORA.model_copy(update={"targets": targets})
+    tree = moved(init_lora(cfg, LLAMA, KEY))
+    merged = merge(params, tree, cfg)
+    np.testing.assert_allclose(logits(params, bind(tree, cfg)), logits(merged), atol=2e-4)
+    differs = {k for k in params["layers"] if not np.array_equal(params["layers"][k], merged["layers"][k])}
+    assert differs | ({"lm_head"} if "lm_head" in targets else set()) == set(targets)
+    assert np.array_equal(params["lm_head"], merged["lm_head"]) is ("lm_head" not in targets)
+
+
+def test_scale_is_alpha_over_rank(params: dict) -> None:
+    cfg = LORA.model_copy(update={"targets": ("lm_head",)})
+    tree = moved(init_lora(cfg, LLAMA, KEY))
+    hidden = F.llama_hidden(params, LLAMA, jnp.asarray(IDS), jnp.asarray(LENGTHS))
+    wanted = logits(params) + 3.0 * (hidden @ tree["lm_head"]["a"] @ tree["lm_head"]["b"])
+    np.testing.assert_allclose(logits(params, bind(tree, cfg)), wanted, atol=1e-4)
+
+
+def test_every_adapter_has_a_gradient(params: dict) -> None:
+    tree = moved(init_lora(LORA, LLAMA, KEY))
+    grads = jax.jit(jax.grad(lambda t: (logits(params, bind(t, LORA)) ** 2).sum()))(tree)
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.abs(g).max() > 0, path
+
+
+def test_dropout_needs_a_key_repeats_with_it_and_keeps_the_mean(params: dict) -> None:
+    cfg = LORA.model_copy(update={"targets": ("lm_head",)})
+    tree = moved(init_lora(cfg, LLAMA, KEY))
+
+    @jax.jit
+    def dropped(key: jax.Array) -> jax.Array:
+        return logits(params, bind(tree, cfg, key))
+
+    plain = logits(params, bind(tree, cfg))
+    one, again, other = dropped(jax.random.key(1)), dropped(jax.random.key(1)), dropped(jax.random.key(2))
+    np.testing.assert_array_equal(one, again)
+    assert not np.allclose(one, other) and not np.allclose(one, plain)
+    many = jnp.stack([dropped(k) for k in jax.random.split(KEY, 400)])
+    np.testing.assert_allclose(many.mean(0), plain, atol=5 * float(many.std(0).max()) / 20)
+
+
+def test_dropout_differs_between_layers_and_projections(params: dict) -> None:
+    """The update of q alone under one key: same inputs and weights give other masks in another layer and for k."""
+    tree = {n: {"a": jnp.ones((8, 1)), "b": jnp.ones((1, 8))} for n in ("q", "k")}
+    bound = bind({"layers": jax.tree.map(lambda x: jnp.stack([x, x]), tree)}, LORA, KEY)
+    trees, keys = bound.per_layer(2)
+    x = jnp.ones((3, 8))
+    layer = [bound.at_layer((jax.tree.map(lambda t, i=i: t[i], trees), keys[i])) for i in (0, 1)]
+    assert not np.allclose(layer[0].update("q", x, 1), layer[1].update("q", x, 1))
+    assert not np.allclose(layer[0].update("q", x, 1), layer[0].update("k", x, 1))
+
+
+def test_axes_follow_the_base_weight() -> None:
+    axes = lora_axes(LORA, LLAMA)
+    assert axes["layers"]["q"] == {"a": ("layers", "embed", "rank"), "b": ("layers", "rank", "heads", "head_dim")}
+    assert axes["layers"]["o"] == {"a": ("layers", "heads", "head_dim", "rank"), "b": ("layers", "rank", "embed")}
+    assert axes["lm_head"] == {"a": ("embed", "rank"), "b": ("rank", "vocab")}
+
+
+def test_targets_that_match_nothing_are_named(params: dict) -> None:
+    with pytest.raises(ValueError, match="'w1' matches no projection; there are q, k, v"):
+        init_lora(LORA.model_copy(update={"targets": ("q", "w1")}), LLAMA, KEY)
+    with pytest.raises(ValueError, match="'lm_head' matches no projection .*tie_embeddings"):
+        init_lora(LORA, LLAMA.model_copy(update={"tie_embeddings": True}), KEY)
+    with pytest.raises(ValueError, match="names q twice"):
+        init_lora(LORA.model_copy(update={"targets": ("q", "q")}), LLAMA, KEY)
+    tree = init_lora(LORA, LLAMA, KEY)
+    with pytest.raises(ValueError, match="adapters lm_head have no weight"):
+        merge({k: v for k, v in params.items() if k != "lm_head"}, tree, LORA)
