@@ -120,7 +120,7 @@ def _report(config: Config, args: argparse.Namespace) -> None:
 
     from jmlr_jax import report
 
-    report.report(epath.Path(config.run_dir))
+    report.report(epath.Path(config.run_dir), resamples=config.eval.bootstrap)
 
 
 def _run(config: Config, args: argparse.Namespace) -> None:

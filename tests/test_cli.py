@@ -23,7 +23,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     made: list[tuple[Any, ...]] = []
 
     def recorder(name: str) -> Any:
-        return lambda *args: made.append((name, *args))
+        return lambda *args, **named: made.append((name, *args, *named.values()))
 
     import jmlr_jax
 
@@ -55,7 +55,7 @@ def test_each_command_calls_its_function(
     assert index[1:] == (config,)
     assert train[1:] == (config, "jmlr")
     assert evaluate[1:] == (config, config.eval.arms)
-    assert str(report[1]) == run_dir
+    assert str(report[1]) == run_dir and report[2] == config.eval.bootstrap
     assert run_all[1:] == (config, 1)
     assert capsys.readouterr().out.splitlines()[-1] == run_dir
 

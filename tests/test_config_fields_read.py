@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from jmlr_jax.config import Config
 
 PACKAGE = Path(__file__).resolve().parent.parent / "jmlr_jax"
-NOT_READERS = ("config.py", "config_io.py", "cli.py")
+NOT_READERS = ("config.py", "config_io.py")
 
 
 def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
