@@ -10,8 +10,10 @@ from jmlr_jax.data.batches import Prepared, assemble, question_stream
 from jmlr_jax.data.prepare import prepare
 from jmlr_jax.data.tokenizers import load_tokenizer
 
+NAMES = "alpha beta gamma delta epsilon zeta eta".split()
 PASSAGES = [
-    {"id": f"p{i}", "title": f"Condition {i}", "text": f"It is treated with drug{i}, always."} for i in range(7)
+    {"id": f"p{i}", "title": f"Condition {name}", "text": f"It is treated with drug{i}, always."}
+    for i, name in enumerate(NAMES)
 ]
 QUESTIONS = [
     {
