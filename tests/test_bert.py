@@ -53,12 +53,11 @@ def test_weights_have_the_shapes_of_the_model() -> None:
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, F.abstract_params(cfg))
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
-def test_gradient_does_not_depend_on_remat(remat: str) -> None:
+def test_gradient_does_not_depend_on_remat() -> None:
     cfg = BertConfig(vocab_size=V, num_layers=2)
     params = F.init_bert(cfg, jax.random.key(0))
     ids = np.random.default_rng(0).integers(0, V, (3, T))
-    kept = cfg.model_copy(update={"remat": remat})
+    kept = cfg.model_copy(update={"remat": "full"})
 
     def gradient(cfg: BertConfig) -> dict:
         return jax.jit(jax.grad(lambda p: (F.bert_hidden(p, cfg, ids, LENGTHS) ** 3).sum()))(params)
