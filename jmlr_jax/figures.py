@@ -247,9 +247,10 @@ def _points(curves: Sequence[Curve]) -> dict[int, list[float]]:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running mean over about a tenth of the curve; the window shrinks at the ends."""
-    half = len(values) // 20
-    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+    """Centred running mean over about a tenth of the curve; towards the ends the window shrinks on both sides."""
+    most, last = len(values) // 20, len(values) - 1
+    halves = [min(most, i, last - i) for i in range(len(values))]
+    return np.array([values[i - half : i + half + 1].mean() for i, half in enumerate(halves)])
 
 
 def _png(figure: Figure) -> bytes:

@@ -20,6 +20,7 @@ import jinja2
 import numpy as np
 import yaml
 from etils import epath
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -368,22 +369,21 @@ def _write_text(path: epath.Path, text: str) -> None:
 
 
 def _print(summary: Mapping[str, Any], console: Console) -> None:
-    table = Table(title=f"Arms, {summary['seeds']} seed{'s' * (summary['seeds'] > 1)}")
-    for name in ("arm", "accuracy", "95% interval", "by generation", "unparsed", "n", "JMLR minus it"):
-        table.add_column(name, justify="left" if name == "arm" else "right")
+    seeds = f"{summary['seeds']} seed{'s' * (summary['seeds'] > 1)}"
+    table = Table(title=f"Accuracy by arm in %, {seeds}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("arm", "accuracy", "95%", "by gen.", "unparsed", "n", "JMLR −", "p"):
+        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
     for arm, row in summary["arms"].items():
         difference = summary["differences"].get(arm)
         table.add_row(
             arm_name(arm),
-            *(
-                ("–",) * 2
-                if row["low"] is None
-                else (f"{row['accuracy']:.1%}", f"{row['low']:.1%} – {row['high']:.1%}")
-            ),
-            "–" if row["generation_accuracy"] is None else f"{row['generation_accuracy']:.1%}",
+            f"{100 * row['accuracy']:.1f}",
+            "–" if row["low"] is None else f"{100 * row['low']:.1f}–{100 * row['high']:.1f}",
+            "–" if row["generation_accuracy"] is None else f"{100 * row['generation_accuracy']:.1f}",
             str(row["unparsed"]),
             str(row["n"]),
-            f"{100 * difference['mean']:+.1f} (p {difference['p']:.3f})" if difference else "",
+            f"{100 * difference['mean']:+.1f}" if difference else "",
+            f"{difference['p']:.3f}" if difference else "",
         )
     console.print(table)
     if summary["retriever"]:

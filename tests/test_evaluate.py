@@ -1,0 +1,232 @@
+"""Evaluation against one-question-at-a-time brute force on a tiny model, and the summary of its rows."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmlr_jax import evaluate
+from jmlr_jax.config import LlamaConfig, LoraConfig, MeshConfig
+from jmlr_jax.config_io import load
+from jmlr_jax.data.batches import Prepared
+from jmlr_jax.data.prepare import prepare
+from jmlr_jax.data.tokenizers import load_tokenizer
+from jmlr_jax.evaluate import Reader, evaluate_arm, read_prompt, summarise_rows
+from jmlr_jax.lora import bind, init_lora
+from jmlr_jax.metrics import bootstrap_interval
+from jmlr_jax.nn.functional import abstract_params, init_llama, llama_hidden, llama_logits, logical_axes
+from jmlr_jax.report import read_run, summarise
+from jmlr_jax.sharding import ShardingError, make_mesh, shardings
+
+DRUGS = ("aspirin", "heparin", "warfarin", "insulin", "digoxin", "metformin", "codeine")
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """(cfg, prepared, reader, table): seven test questions, one without options, and a random decoder."""
+    root = tmp_path_factory.mktemp("evaluate")
+    passages = [
+        {"id": f"p{i}", "title": f"Drug {i}", "text": f"{d} treats disease number {i}" + " well" * i}
+        for i, d in enumerate(DRUGS)
+    ]
+    questions = []
+    for i, drug in enumerate(DRUGS):
+        others = [d for d in DRUGS if d != drug][: 2 + i % 3]
+        question = {"id": f"q{i}", "question": f"What treats disease number {i}?", "answer": drug}
+        if i != 3:
+            question |= {
+                "options": {"A": others[0], "B": drug} | dict(zip("CDE", others[1:], strict=False)),
+                "answer": "B",
+            }
+        questions.append({**question, "meta": {"kind": "odd" if i % 2 else "even", "group": f"g{i // 2}"}})
+    for split in ("train", "dev"):
+        other = [{**question, "id": f"{split}-{question['id']}"} for question in questions[:2]]
+        (root / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in other))
+    for name, records in (("corpus", passages), ("test", questions)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    cfg = load(
+        None,
+        [
+            "data.questions=jsonl",
+            *(f"data.{name}_path={root / name}.jsonl" for name in ("corpus", "train", "dev", "test")),
+            "data.leakage_ngram=0",
+            "retriever.tokenizer_vocab=300",
+            "generator.tokenizer_vocab=300",
+            "generator.max_length=256",
+            "generator.passage_length=48",
+            "generator.answer_length=12",
+            "eval.batch_size=4",
+            "eval.bootstrap=200",
+        ],
+    )
+    prepare(cfg, root / "data")
+    prepared = Prepared.open(root / "data")
+    llama = LlamaConfig(
+        vocab_size=prepared.generator_ids.vocab_size,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        tie_embeddings=False,
+    )
+    params = jax.tree.map(lambda w: w * 4, init_llama(llama, jax.random.key(0)))  # sharper than fresh weights
+    tokenizer = load_tokenizer(prepared.tokenizer_dir("generator"))
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
+    table = np.array([[0, 1, 2], [3, -1, -1], [-1, -1, -1], [6, 5, 4], [2, 3, -1], [5, 0, 1], [6, 1, 5]], np.int32)
+    return cfg, prepared, Reader(params, llama, decode), table
+
+
+@pytest.fixture(scope="module")
+def result(setting):
+    cfg, prepared, reader, table = setting
+    before = evaluate._evaluate_batch._cache_size()
+    found = evaluate_arm("jmlr", reader, prepared, "test", table, cfg)
+    assert evaluate._evaluate_batch._cache_size() - before == 1  # two batches, the second filled up
+    return found
+
+
+def prompt_ids(prepared, place, passages):
+    """BOS, passages worst first, question; plain lists."""
+    ids = [prepared.generator_ids.bos]
+    for p in reversed([p for p in passages if p >= 0]):
+        ids += prepared.tokens("references").row(int(p)).tolist()
+    return ids + prepared.tokens("test.questions").row(place).tolist()
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _logits(params, cfg, tokens, length, adapters):
+    hidden = llama_hidden(params, cfg, tokens, length, adapters=adapters)
+    return llama_logits(params, cfg, hidden, adapters=adapters)
+
+
+def full_logits(reader, ids):
+    """Logits [256, V] of one sequence, the cache not involved; padded so that all lengths share a compilation."""
+    tokens = jnp.array([ids + [0] * (256 - len(ids))])
+    return _logits(reader.params, reader.cfg, tokens, jnp.array([len(ids)]), reader.adapters)[0]
+
+
+def brute_nll(reader, prompt, answer):
+    """Mean nll of the answer after the prompt, prompt and answer run together."""
+    logp = np.asarray(jax.nn.log_softmax(full_logits(reader, prompt + answer)))
+    return -np.mean([logp[len(prompt) - 1 + i, token] for i, token in enumerate(answer)])
+
+
+def test_likelihoods_equal_brute_force(setting, result):
+    _, prepared, reader, table = setting
+    starts = np.load(prepared.directory / "tokens" / "test.option_starts.npy")
+    for place, row in enumerate(result.rows):
+        answer = prepared.tokens("test.answers").row(place).tolist()
+        prompt = prompt_ids(prepared, place, table[place])
+        assert row["nll"] == pytest.approx(brute_nll(reader, prompt, answer), rel=1e-4)
+        bare = prompt_ids(prepared, place, [])
+        assert row["nll_none"] == pytest.approx(brute_nll(reader, bare, answer), rel=1e-4)
+        options = [prepared.tokens("test.options").row(i).tolist() for i in range(starts[place], starts[place + 1])]
+        expected = [brute_nll(reader, prompt, option) for option in options]
+        assert row["option_nll"] == pytest.approx(expected, rel=1e-4)
+        if options:
+            assert row["prediction"] == int(np.argmin(expected))
+            sums = [nll * len(option) for nll, option in zip(expected, options, strict=True)]
+            assert row["prediction_sum"] == int(np.argmin(sums))
+            assert row["correct"] == (row["prediction"] == row["answer"])
+            assert row["nll"] == pytest.approx(row["option_nll"][row["answer"]], rel=1e-5)
+    assert result.rows[2]["nll"] == pytest.approx(result.rows[2]["nll_none"], rel=1e-5)  # nothing was retrieved for it
+
+
+def test_generation_equals_greedy_choice(setting, result):
+    _, prepared, reader, table = setting
+    eos = prepared.generator_ids.eos
+    for place in (0, 3):
+        prompt, made = prompt_ids(prepared, place, table[place]), []
+        while len(made) < 12 and eos not in made:
+            made.append(int(jnp.argmax(full_logits(reader, prompt + made)[len(prompt) + len(made) - 1])))
+        assert result.rows[place]["generated"] == reader.decode([t for t in made if t != eos]).strip()
+
+
+def test_rows_say_what_was_asked_and_read(result):
+    assert [row["id"] for row in result.rows] == [f"q{i}" for i in range(7)]
+    assert result.rows[0]["passages"] == ["p0", "p1", "p2"] and result.rows[1]["passages"] == ["p3"]
+    assert result.rows[0]["group"] == "g0" and result.rows[0]["kind"] == "even"
+    free = result.rows[3]
+    assert (free["options"], free["answer"], free["prediction"], free["parsed"]) == (0, -1, -1, None)
+    assert free["correct"] == free["exact_match"] == free["generated_correct"]
+    assert all(row["dropped"] == 0 for row in result.rows)
+    assert all(len(row["option_nll"]) == row["options"] == len(row["option_texts"]) for row in result.rows)
+
+
+def test_batch_size_and_sharding_do_not_matter_and_adapters_do(setting, result):
+    cfg, prepared, reader, table = setting
+    lora_cfg = LoraConfig(rank=2, alpha=4, targets=("q", "lm_head"))
+    tree = jax.tree.map(lambda w: w + 0.5, init_lora(lora_cfg, reader.cfg, jax.random.key(1)))
+    adapted = replace(reader, adapters=bind(tree, lora_cfg))
+    at_once = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"batch_size": 7})})
+    single = evaluate_arm("jmlr", adapted, prepared, "test", table, at_once)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    placed = jax.device_put(reader.params, shardings(mesh, logical_axes(reader.cfg), abstract_params(reader.cfg)))
+    sharded = evaluate_arm("jmlr", replace(adapted, params=placed), prepared, "test", table, cfg, mesh=mesh)
+    for a, b, plain in zip(single.rows, sharded.rows, result.rows, strict=True):
+        assert a["nll"] == pytest.approx(b["nll"], rel=1e-4) and a["generated"] == b["generated"]
+        assert a["option_nll"] == pytest.approx(b["option_nll"], rel=1e-4)
+        assert a["nll"] != pytest.approx(plain["nll"], rel=1e-3)
+    with pytest.raises(ShardingError, match="eval.batch_size=7"):
+        evaluate_arm("jmlr", adapted, prepared, "test", table, at_once, mesh=mesh)
+
+
+def test_passages_that_do_not_fit_are_dropped_worst_first():
+    ids = jnp.array([[[11, 12, 13], [21, 22, 0], [31, 0, 0]], [[11, 12, 13], [21, 22, 23], [31, 0, 0]]])
+    batch = {
+        "reader_ids_BxKxL": ids,
+        "reader_len_BxK": jnp.array([[3, 2, 1], [3, 3, 1]]),
+        "question_ids_BxS": jnp.array([[7, 8], [7, 0]]),
+        "question_len_B": jnp.array([2, 1]),
+    }
+    packed = jax.jit(read_prompt, static_argnames=("total", "bos_id", "pad_id"))
+    tokens, length, dropped = packed(batch, total=8, bos_id=1, pad_id=0)
+    assert tokens.tolist() == [[1, 21, 22, 11, 12, 13, 7, 8], [1, 21, 22, 23, 11, 12, 13, 7]]
+    assert length.tolist() == [8, 8] and dropped.tolist() == [1, 1]
+    tokens, length, dropped = packed(batch, total=4, bos_id=1, pad_id=0)  # the best does not fit: none is read
+    assert tokens.tolist() == [[1, 7, 8, 0], [1, 7, 0, 0]] and dropped.tolist() == [3, 3]
+
+
+def test_closed_book_gains_nothing_and_max_questions_spreads(setting):
+    cfg, prepared, reader, table = setting
+    cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"max_questions": 4})})
+    closed = evaluate_arm("closed_book", reader, prepared, "test", np.full_like(table, -1), cfg)
+    assert [row["id"] for row in closed.rows] == ["q0", "q2", "q4", "q6"]
+    assert closed.summary["nll"]["gain"] == pytest.approx(0, abs=1e-5)
+    assert all(row["passages"] == [] for row in closed.rows)
+
+
+def test_summary_of_rows(result):
+    rows, summary = result.rows, result.summary
+    groups = [row["group"] for row in rows]
+    expected = bootstrap_interval([float(r["correct"]) for r in rows], groups=groups, resamples=200)
+    assert (summary["accuracy"], summary["low"], summary["high"]) == expected
+    assert (summary["n"], summary["groups"], summary["split"]) == (7, 4, "test")
+    assert summary["chance"] == pytest.approx(np.mean([1 / r["options"] for r in rows if r["options"]]))
+    assert summary["generation"]["unparsed"] == sum(r["parsed"] is None for r in rows if r["options"])
+    assert summary["nll"]["gain"] == pytest.approx(np.mean([r["nll_none"] - r["nll"] for r in rows]))
+    assert {kind: part["n"] for kind, part in summary["by_kind"].items()} == {"even": 4, "odd": 3}
+    right = [{**row, "correct": True, "parsed": 0} for row in rows]
+    assert summarise_rows(right, 50)["accuracy"] == 1 and summarise_rows(right, 50)["generation"]["unparsed"] == 0
+
+
+def test_saved_files_are_what_the_report_reads(result, tmp_path):
+    result.save(tmp_path / "eval")
+    assert not list((tmp_path / "eval").glob(".*"))
+    report = summarise([read_run(evaluate.epath.Path(tmp_path), "run")], resamples=200)
+    arm = report["arms"]["jmlr"]
+    for key in ("accuracy", "low", "high", "n"):
+        assert arm[key] == pytest.approx(result.summary[key])
+    assert arm["unparsed"] == result.summary["generation"]["unparsed"]
+    assert arm["nll_gain"] == pytest.approx(result.summary["nll"]["gain"])
+
+
+def test_a_table_of_another_split_is_refused(setting):
+    cfg, prepared, reader, table = setting
+    with pytest.raises(ValueError, match=r"\(6, 3\) for the 7 questions of split 'test'"):
+        evaluate_arm("jmlr", reader, prepared, "test", table[:6], cfg)
