@@ -142,7 +142,11 @@ class WorldConfig(Strict):
     """Size of the embedded closed medical world (``jmlr_jax.data.world``)."""
 
     conditions: PositiveInt = 192
-    test_fraction: float = Field(0.3, gt=0, lt=1)
+    test_fraction: float = Field(0.3, gt=0, lt=1, description="share of conditions held out (a quarter of them for dev)")
+    values: PositiveInt = Field(40, ge=8, description="length of each relation's closed list of answers")
+    hint_share: float = Field(0.4, ge=0, le=1, description="chance that a passage also has the lay word of a part, for each part")
+    trap_share: float = Field(0.5, ge=0, le=1, description="conditions with a passage in lay words that answers nothing")
+    sibling_options: int = Field(1, ge=0, le=3, description="wrong options that are true of a condition of the same organ")
 
 
 class DataConfig(Strict):

@@ -1,0 +1,235 @@
+"""A small closed medical world, generated from a seed: the embedded default of ``jmlr prepare``.
+
+Every condition is named by two parts, an organ and a process, and each part has two words: a formal one,
+invented from the seed, which passages use (``velaric tamosis``), and a lay one, which questions use
+(``hardening of the kidney``). Which lay word means which formal word is nowhere written down, so matching words
+does not find the passage: a retriever has to learn it from which passages help the reader. Each condition has one
+passage per relation (drug, gene, finding, ...), each stating one value of a closed list. Three things keep the
+world from being trivial the other way:
+
+* *hints*: some passages name the organ in lay words too ("a disease of the kidney"). Lexical retrieval then finds the
+  right organ and relation but not the right process, often enough for a reader to learn to read;
+* *traps*: passages in lay words about the condition that say nothing the questions ask for;
+* *siblings*: one wrong option is the value of a condition of the same organ, so reading the wrong passage misleads.
+
+Questions are split by condition: a test condition is an unseen combination of parts that training conditions have, so
+nothing can be memorised but the meaning of the parts.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from jmlr_jax.config import WorldConfig
+from jmlr_jax.data.schema import Passage, Question
+
+LAY_ORGANS = (
+    "kidney liver heart lung stomach skin eye ear bone muscle nerve spleen tongue joint throat bladder "
+    "knee jaw neck scalp"
+).split()
+LAY_PROCESSES = (
+    "hardening scarring swelling wasting narrowing bleeding clouding thinning itching softening "
+    "cramping clotting drying spotting stiffening leaking shrinking burning paling twisting"
+).split()
+DEV_SHARE_OF_TEST = 0.25
+
+ONSETS = "b br c cl d dr f fl g gr k l m n p pl pr qu r s st t tr v z".split()
+VOWELS = "a e i o u".split()
+CODAS = ["", "l", "m", "n", "r", "s", "x"]
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One kind of fact: how its values are made and the sentences that ask for it and state it."""
+
+    name: str
+    endings: tuple[str, ...]
+    questions: tuple[str, ...]
+    statements: tuple[str, ...]
+
+
+RELATIONS = (
+    Relation(
+        "drug",
+        ("ibine", "olast", "umab"),
+        (
+            "which drug is given to people with {lay} ?",
+            "what medicine treats {lay} ?",
+            "a patient has {lay} . which drug helps ?",
+        ),
+        (
+            "first line therapy of {formal} is {value} , taken daily .",
+            "{value} is the agent of choice and treats {formal} in most cases .",
+            "in {formal} the drug {value} is started early .",
+        ),
+    ),
+    Relation(
+        "gene",
+        ("x1", "k2", "r3"),
+        (
+            "which gene is changed in people with {lay} ?",
+            "{lay} runs in a family . which gene is at fault ?",
+            "what gene causes {lay} ?",
+        ),
+        (
+            "variants of the gene {value} cause {formal} .",
+            "sequencing in {formal} shows a mutation of {value} .",
+            "{formal} is inherited through changes at the {value} locus .",
+        ),
+    ),
+    Relation(
+        "finding",
+        ("rash", "murmur", "cyst"),
+        (
+            "what sign is seen in people with {lay} ?",
+            "which finding points to {lay} ?",
+            "the doctor suspects {lay} . which sign should be looked for ?",
+        ),
+        (
+            "on examination {formal} presents with {value} .",
+            "{value} is the typical sign of {formal} .",
+            "the key finding in {formal} is {value} at the bedside .",
+        ),
+    ),
+    Relation(
+        "test",
+        ("ogen", "ase", "atin"),
+        (
+            "which blood test confirms {lay} ?",
+            "what should the laboratory measure in {lay} ?",
+            "{lay} is suspected . which blood marker is raised ?",
+        ),
+        (
+            "serum {value} is raised in {formal} and confirms it .",
+            "the laboratory marker of {formal} is {value} .",
+            "{formal} is monitored by measuring {value} in blood .",
+        ),
+    ),
+)
+
+FILLERS = (
+    "reports come from several centres .",
+    "the course is usually slow .",
+    "most series are small .",
+    "this has been known for decades .",
+    "adults and children are alike in this .",
+    "evidence is of moderate quality .",
+)
+TRAPS = (
+    "living with {lay} can be tiring . people with {lay} often ask which drug or gene or test matters , and should see a doctor .",
+    "{lay} : what patients say . many had {lay} for years before the sign was seen and the medicine was given .",
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """Questions by split, passages, and the counts that ``jmlr prepare`` prints."""
+
+    questions: dict[str, list[Question]]
+    passages: list[Passage]
+    stats: dict[str, int | float]
+
+
+def _words(rng: random.Random, n: int, syllables: int, endings: tuple[str, ...], taken: set[str]) -> list[str]:
+    """``n`` invented words, none of which (up to its ending) was made before."""
+    words: list[str] = []
+    while len(words) < n:
+        stem = "".join(rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(syllables)) + rng.choice(CODAS)
+        if stem not in taken:
+            taken.add(stem)
+            words.append(stem + endings[len(words) % len(endings)])
+    return words
+
+
+def make_world(cfg: WorldConfig, seed: int) -> World:
+    """Generate the world.
+
+    Args:
+      cfg: sizes; ``conditions`` at most 256 (16 organs x 16 processes).
+      seed: everything, names included, follows from it.
+
+    Raises:
+      ValueError: more conditions than combinations, or so few that a part would be unseen in training.
+    """
+    rng = random.Random(seed)
+    taken: set[str] = set()
+    n_o, n_p = len(LAY_ORGANS), len(LAY_PROCESSES)
+    if not 32 <= cfg.conditions <= n_o * n_p:
+        raise ValueError(f"data.world.conditions={cfg.conditions}: expected 32 to {n_o * n_p}")
+    organs = list(zip(_words(rng, n_o, 2, ("ic", "al"), taken), LAY_ORGANS, strict=True))
+    processes = list(zip(_words(rng, n_p, 2, ("osis", "oma", "itis"), taken), LAY_PROCESSES, strict=True))
+    values = {r.name: _words(rng, cfg.values, 2, r.endings, taken) for r in RELATIONS}
+
+    pairs = [(i, j) for i in range(n_o) for j in range(n_p)]
+    rng.shuffle(pairs)
+    pairs = pairs[: cfg.conditions]
+    split_of = _split(pairs, cfg.test_fraction)
+    fact = {(pair, r.name): rng.choice(values[r.name]) for pair in pairs for r in RELATIONS}
+
+    passages: list[Passage] = []
+    questions: dict[str, list[Question]] = {"train": [], "dev": [], "test": []}
+    for c, pair in enumerate(pairs):
+        (organ, lay_organ), (process, lay_process) = organs[pair[0]], processes[pair[1]]
+        formal, lay = f"{organ} {process}", f"{lay_process} of the {lay_organ}"
+        siblings = [p for p in pairs if p[0] == pair[0] and p != pair]
+        for r in RELATIONS:
+            value = fact[pair, r.name]
+            sentences = [rng.choice(r.statements).format(formal=formal, value=value)]
+            for hint in (f"{organ} disease affects the {lay_organ} .", f"in {process} there is {lay_process} ."):
+                sentences.append(hint if rng.random() < cfg.hint_share else rng.choice(FILLERS))
+            passage = Passage(f"c{c}-{r.name}", formal, " ".join(sentences), "world")
+            passages.append(passage)
+            for q, template in enumerate(r.questions):
+                options = _options(rng, value, [fact[s, r.name] for s in siblings], values[r.name], cfg.sibling_options)
+                questions[split_of[pair]].append(
+                    Question(
+                        id=f"c{c}-{r.name}-{q}",
+                        question=template.format(lay=lay),
+                        options=options,
+                        answer=value,
+                        answer_index=options.index(value),
+                        gold_doc_ids=(passage.id,),
+                        kind=r.name,
+                        meta={"group": f"c{c}"},
+                    )
+                )
+        if rng.random() < cfg.trap_share:
+            passages.append(Passage(f"c{c}-trap", lay, rng.choice(TRAPS).format(lay=lay), "world"))
+    stats = {
+        "conditions": len(pairs),
+        "test_conditions": sum(s == "test" for s in split_of.values()),
+        "relations": len(RELATIONS),
+        "values_per_relation": cfg.values,
+        "passages": len(passages),
+    }
+    return World(questions, passages, stats)
+
+
+def _options(rng: random.Random, value: str, siblings: list[str], pool: list[str], n_sibling: int) -> tuple[str, ...]:
+    """The value and three wrong ones, up to ``n_sibling`` of them true of a condition of the same organ."""
+    near = sorted(set(siblings) - {value})
+    wrong = rng.sample(near, min(n_sibling, len(near)))
+    wrong += rng.sample([v for v in pool if v != value and v not in wrong], 3 - len(wrong))
+    options = [value, *wrong]
+    rng.shuffle(options)
+    return tuple(options)
+
+
+def _split(pairs: list[tuple[int, int]], test_fraction: float) -> dict[tuple[int, int], str]:
+    """Train / dev / test by condition; a condition goes to test only while both its parts stay in training."""
+    organ_count: dict[int, int] = {}
+    process_count: dict[int, int] = {}
+    for o, p in pairs:
+        organ_count[o] = organ_count.get(o, 0) + 1
+        process_count[p] = process_count.get(p, 0) + 1
+    held: list[tuple[int, int]] = []
+    for o, p in pairs:
+        if len(held) < test_fraction * len(pairs) and organ_count[o] > 3 and process_count[p] > 3:
+            held.append((o, p))
+            organ_count[o] -= 1
+            process_count[p] -= 1
+    n_dev = round(DEV_SHARE_OF_TEST * len(held))
+    split = dict.fromkeys(pairs, "train")
+    split.update({pair: "dev" if i < n_dev else "test" for i, pair in enumerate(held)})
+    return split
