@@ -128,7 +128,7 @@ def test_report_lists_large_arrays_that_are_whole_everywhere() -> None:
 
 
 def test_sharded_gradients_equal_single_ones() -> None:
-    """Loss and gradient of decoder and encoder together, on the mesh and on one device; weights initialised in place."""
+    """Loss and gradient of decoder and encoder together, on the mesh and on one device; weights start in place."""
     rng = np.random.default_rng(0)
     ids, length = rng.integers(0, V, (8, 10)), rng.integers(3, 11, 8)
     configs = {"generator": LLAMA, "retriever": COLBERT}
