@@ -51,7 +51,7 @@ class LlamaConfig(Strict):
     rope_theta: float = 10_000.0
     rope_scaling: RopeScalingConfig | None = None
     rms_norm_eps: float = 1e-6
-    tie_embeddings: bool = True
+    tie_embeddings: bool = False
     qkv_bias: bool = Field(False, description="Qwen2")
     qk_norm: bool = Field(False, description="Qwen3: RMSNorm on each head's query and key")
     sliding_window: PositiveInt | None = Field(None, description="Mistral: keys further back are masked")
@@ -122,17 +122,24 @@ class LoraConfig(Strict):
 class GeneratorConfig(Strict):
     """The language model and its prompt pieces; each piece has its own length, set here and nowhere else."""
 
-    source: str = Field("scratch", description="'scratch' (random weights of shape `llama`) or a Hugging Face directory")
+    source: str = Field(
+        "scratch", description="'scratch' (random weights of shape `llama`) or a Hugging Face directory"
+    )
     tokenizer: str = Field("train", description="'train' a small one in `jmlr prepare`, or a tokenizer directory")
     tokenizer_vocab: PositiveInt = 4096
     llama: LlamaConfig = LlamaConfig()
+    copy_init: float = Field(
+        0.7, ge=0, le=1, description="scratch only: how much attention starts as a copier (nn/copying.py)"
+    )
     lora: LoraConfig | None = Field(None, description="null trains every weight")
     passage_length: PositiveInt = Field(48, description="L: tokens of one rendered passage")
     question_length: PositiveInt = Field(64, description="S: tokens of the rendered question and options")
     answer_length: PositiveInt = Field(8, description="A: tokens of the answer, end token included")
-    max_length: PositiveInt = Field(512, description="T: whole prompt; passages that do not fit are dropped, worst first")
+    max_length: PositiveInt = Field(
+        512, description="T: whole prompt; passages that do not fit are dropped, worst first"
+    )
     passage_template: str = "\nReference:\n{title}. {text}"
-    question_template: str = "\nMy Question:\n{question}\n{options}"
+    question_template: str = "\nMy Question:\n{question}\n{options}\nAnswer:"
     option_template: str = Field("{letter}) {option}", description="one option; joined by spaces")
     answer_template: str = " {answer}"
     answer_form: Literal["text", "letter"] = Field("text", description="the answer is the option's text or its letter")
@@ -141,12 +148,17 @@ class GeneratorConfig(Strict):
 class WorldConfig(Strict):
     """Size of the embedded closed medical world (``jmlr_jax.data.world``)."""
 
-    conditions: PositiveInt = 192
-    test_fraction: float = Field(0.3, gt=0, lt=1, description="share of conditions held out (a quarter of them for dev)")
-    values: PositiveInt = Field(40, ge=8, description="length of each relation's closed list of answers")
-    hint_share: float = Field(0.4, ge=0, le=1, description="chance that a passage also has the lay word of a part, for each part")
-    trap_share: float = Field(0.5, ge=0, le=1, description="conditions with a passage in lay words that answers nothing")
-    sibling_options: int = Field(1, ge=0, le=3, description="wrong options that are true of a condition of the same organ")
+    conditions: PositiveInt = 560
+    test_fraction: float = Field(
+        0.2, gt=0, lt=1, description="share of conditions held out (a quarter of them for dev)"
+    )
+    values: PositiveInt = Field(100, ge=8, description="length of each relation's closed list of answers")
+    hint_share: float = Field(
+        0.5, ge=0, le=1, description="chance that a passage also has the lay word of a part, for each part"
+    )
+    trap_share: float = Field(
+        0.2, ge=0, le=1, description="conditions with a passage in lay words that answers nothing"
+    )
 
 
 class DataConfig(Strict):
@@ -159,8 +171,12 @@ class DataConfig(Strict):
     corpus_path: str | None = Field(None, description="passages: JSONL, CSV or TSV with id, title, text[, source, url]")
     world: WorldConfig = WorldConfig()
     on_error: Literal["stop", "skip"] = Field("stop", description="skip: bad records are counted and listed")
-    passage_words: PositiveInt = Field(180, description="longer documents are split on sentence ends at this many words")
-    leakage_ngram: int = Field(12, ge=0, description="a passage sharing this many words in a row with question + answer is removed; 0: off")
+    passage_words: PositiveInt = Field(
+        180, description="longer documents are split on sentence ends at this many words"
+    )
+    leakage_ngram: int = Field(
+        12, ge=0, description="a passage sharing this many words in a row with question + answer is removed; 0: off"
+    )
 
 
 class IndexConfig(Strict):
@@ -192,12 +208,15 @@ class OptimizerConfig(Strict):
 class WarmupConfig(Strict):
     """Steps that teach a generator trained from nothing to read, before any arm starts; every arm gets the same.
 
-    Passages come from a mixed table (retrieved by the untrained retriever, BM25, random); the rank loss is off.
-    0 steps for a pre-trained generator.
+    One passage is read at a time, the rank loss is off. With probability `distant_share` it is one that BM25 finds for
+    question and right answer together (distant supervision: the answer is a training label, the gold passage is not
+    used); else one from the mixture of the untrained retriever's, BM25's and random passages, which teaches the reader
+    not to trust what it reads. 0 steps for a pre-trained generator.
     """
 
-    steps: int = Field(600, ge=0)
-    read_passages: PositiveInt = Field(2, description="N during warm-up")
+    steps: int = Field(400, ge=0)
+    distant_share: float = Field(0.8, ge=0, le=1)
+    distant_depth: PositiveInt = Field(3, description="how many of the distant passages are in play")
 
 
 class TrainConfig(Strict):
@@ -211,7 +230,9 @@ class TrainConfig(Strict):
     read_passages: PositiveInt = Field(3, description="N (7 in the paper)")
     rank_loss: Literal["llm_rank", "kl", "emdr2"] = "llm_rank"
     rank_weight: float = Field(1.0, ge=0)
-    refresh_steps: int = Field(100, ge=0, description="R: steps between refreshes of the candidate table; 0: never, as in the paper")
+    refresh_steps: int = Field(
+        100, ge=0, description="R: steps between refreshes of the candidate table; 0: never, as in the paper"
+    )
     refresh_delay: PositiveInt = Field(10, description="steps from the start of a refresh to its adoption")
     warmup: WarmupConfig = WarmupConfig()
     retriever: OptimizerConfig = OptimizerConfig(learning_rate=2e-3)
@@ -271,10 +292,16 @@ class Config(Strict):
         g, r = self.generator, self.retriever
         shortest = 1 + g.passage_length + g.question_length + g.answer_length
         if g.max_length < shortest:
-            raise ValueError(f"generator.max_length={g.max_length} cannot hold BOS, one passage, question and answer ({shortest} tokens)")
+            raise ValueError(
+                f"generator.max_length={g.max_length} cannot hold BOS, a passage, question and answer ({shortest} tokens)"
+            )
         if g.max_length > g.llama.max_positions:
-            raise ValueError(f"generator.max_length={g.max_length} exceeds generator.llama.max_positions={g.llama.max_positions}")
+            raise ValueError(
+                f"generator.max_length={g.max_length} exceeds generator.llama.max_positions={g.llama.max_positions}"
+            )
         longest = max(r.query_length, r.passage_length)
         if longest > r.bert.max_positions:
-            raise ValueError(f"retriever lengths up to {longest} exceed retriever.bert.max_positions={r.bert.max_positions}")
+            raise ValueError(
+                f"retriever lengths up to {longest} exceed retriever.bert.max_positions={r.bert.max_positions}"
+            )
         return self

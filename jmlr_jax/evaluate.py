@@ -31,7 +31,7 @@ from jmlr_jax.losses import answer_nll
 from jmlr_jax.metrics import bootstrap_interval, exact_match, parse_answer, token_f1
 from jmlr_jax.nn.functional import init_cache, llama_cached, llama_logits
 from jmlr_jax.nn.layers import Adapters, Params
-from jmlr_jax.pack import pack
+from jmlr_jax.pack import read_prompt
 from jmlr_jax.sharding import batch_sharding, check_rows
 
 Rows = list[dict[str, Any]]
@@ -174,29 +174,6 @@ def summarise_rows(rows: Rows, resamples: int, seed: int = 0) -> dict[str, Any]:
         "by_kind": {kind: _kind([row for row in rows if row["kind"] == kind]) for kind in kinds},
         "dropped_passages": sum(row["dropped"] for row in rows),
     }
-
-
-def read_prompt(batch: dict[str, Array], *, total: int, bos_id: int, pad_id: int) -> tuple[Array, Array, Array]:
-    """Prompt of METHOD step 6 without the answer: BOS, passages worst first and best last, question.
-
-    Args:
-      batch: ``reader_ids_BxKxL reader_len_BxK`` (best first, length 0 where there is none), ``question_ids_BxS
-        question_len_B``; all passages that fit are read.
-      total: T, width of the prompt. From the first passage on that does not fit, passages are dropped.
-
-    Returns:
-      ``tokens_BxT`` and ``length_B`` int32, ``dropped_B`` int32, passages that did not fit.
-    """
-    length_BxK = batch["reader_len_BxK"]
-    room_B = total - 1 - batch["question_len_B"]
-    keep_BxK = jnp.cumsum(length_BxK, axis=1) <= room_B[:, None]
-    dropped_B = jnp.sum((length_BxK > 0) & ~keep_BxK, axis=1)
-    length_BxK = jnp.where(keep_BxK, length_BxK, 0)
-    worst_first = reversed(range(length_BxK.shape[1]))
-    pieces = [(batch["reader_ids_BxKxL"][:, k], length_BxK[:, k]) for k in worst_first]
-    pieces.append((batch["question_ids_BxS"], batch["question_len_B"]))
-    tokens_BxT, length_B, _ = pack(pieces, bos_id, pad_id, total)
-    return tokens_BxT, length_B, dropped_B
 
 
 def continuation_nll(

@@ -2,15 +2,14 @@
 
 Every condition is named by two parts, an organ and a process, and each part has two words: a formal one,
 invented from the seed, which passages use (``velaric tamosis``), and a lay one, which questions use
-(``hardening of the kidney``). Which lay word means which formal word is nowhere written down, so matching words
+(``kidney hardening``). Which lay word means which formal word is nowhere written down, so matching words
 does not find the passage: a retriever has to learn it from which passages help the reader. Each condition has one
-passage per relation (drug, gene, finding, ...), each stating one value of a closed list. Three things keep the
+passage per relation (drug, gene, finding, ...), each stating one value of a closed list. Two things keep the
 world from being trivial the other way:
 
-* *hints*: some passages name the organ in lay words too ("a disease of the kidney"). Lexical retrieval then finds the
+* *hints*: some passages name the organ in lay words too ("it affects the kidney"). Lexical retrieval then finds the
   right organ and relation but not the right process, often enough for a reader to learn to read;
-* *traps*: passages in lay words about the condition that say nothing the questions ask for;
-* *siblings*: one wrong option is the value of a condition of the same organ, so reading the wrong passage misleads.
+* *traps*: passages in nothing but lay words that name a drug which did not help, and which is then one of the options.
 
 Questions are split by condition: a test condition is an unseen combination of parts that training conditions have, so
 nothing can be memorised but the meaning of the parts.
@@ -26,11 +25,11 @@ from jmlr_jax.data.schema import Passage, Question
 
 LAY_ORGANS = (
     "kidney liver heart lung stomach skin eye ear bone muscle nerve spleen tongue joint throat bladder "
-    "knee jaw neck scalp"
+    "knee jaw neck scalp hip wrist nose spine"
 ).split()
 LAY_PROCESSES = (
-    "hardening scarring swelling wasting narrowing bleeding clouding thinning itching softening "
-    "cramping clotting drying spotting stiffening leaking shrinking burning paling twisting"
+    "hardening scarring swelling wasting narrowing bleeding clouding thinning itching softening cramping clotting "
+    "drying spotting stiffening leaking shrinking burning paling twisting numbness cracking trembling sagging"
 ).split()
 DEV_SHARE_OF_TEST = 0.25
 
@@ -53,73 +52,57 @@ RELATIONS = (
     Relation(
         "drug",
         ("ibine", "olast", "umab"),
+        ("which drug treats {lay} ?", "what medicine helps {lay} ?", "{lay} : which drug should be given ?"),
         (
-            "which drug is given to people with {lay} ?",
-            "what medicine treats {lay} ?",
-            "a patient has {lay} . which drug helps ?",
-        ),
-        (
-            "first line therapy of {formal} is {value} , taken daily .",
-            "{value} is the agent of choice and treats {formal} in most cases .",
-            "in {formal} the drug {value} is started early .",
+            "the drug {value} treats {formal} .",
+            "{formal} responds to the medicine {value} .",
+            "therapy of {formal} : {value} is given .",
         ),
     ),
     Relation(
         "gene",
         ("x1", "k2", "r3"),
+        ("which gene causes {lay} ?", "{lay} runs in a family : which mutation ?", "what gene is changed in {lay} ?"),
         (
-            "which gene is changed in people with {lay} ?",
-            "{lay} runs in a family . which gene is at fault ?",
-            "what gene causes {lay} ?",
-        ),
-        (
-            "variants of the gene {value} cause {formal} .",
-            "sequencing in {formal} shows a mutation of {value} .",
-            "{formal} is inherited through changes at the {value} locus .",
+            "mutation of the gene {value} causes {formal} .",
+            "{formal} is inherited with {value} .",
+            "in {formal} the gene {value} is changed .",
         ),
     ),
     Relation(
-        "finding",
+        "sign",
         ("rash", "murmur", "cyst"),
+        ("which sign points to {lay} ?", "what is seen on the body in {lay} ?", "{lay} : which sign should be sought ?"),
         (
-            "what sign is seen in people with {lay} ?",
-            "which finding points to {lay} ?",
-            "the doctor suspects {lay} . which sign should be looked for ?",
-        ),
-        (
-            "on examination {formal} presents with {value} .",
-            "{value} is the typical sign of {formal} .",
-            "the key finding in {formal} is {value} at the bedside .",
+            "the sign {value} points to {formal} .",
+            "{value} is seen in {formal} .",
+            "patients with {formal} show {value} on the body .",
         ),
     ),
     Relation(
-        "test",
+        "marker",
         ("ogen", "ase", "atin"),
+        ("which blood test confirms {lay} ?", "what rises in the blood in {lay} ?", "{lay} : which marker is measured ?"),
         (
-            "which blood test confirms {lay} ?",
-            "what should the laboratory measure in {lay} ?",
-            "{lay} is suspected . which blood marker is raised ?",
+            "the blood marker {value} confirms {formal} .",
+            "{value} rises in {formal} .",
+            "test for {formal} : {value} is measured .",
         ),
+    ),
+    Relation(
+        "food",
+        ("nut", "root", "leaf"),
+        ("which food worsens {lay} ?", "what should not be eaten with {lay} ?", "{lay} : which food should be avoided ?"),
         (
-            "serum {value} is raised in {formal} and confirms it .",
-            "the laboratory marker of {formal} is {value} .",
-            "{formal} is monitored by measuring {value} in blood .",
+            "the food {value} worsens {formal} .",
+            "{formal} flares when {value} is eaten .",
+            "diet in {formal} : {value} is avoided .",
         ),
     ),
 )
 
-FILLERS = (
-    "reports come from several centres .",
-    "the course is usually slow .",
-    "most series are small .",
-    "this has been known for decades .",
-    "adults and children are alike in this .",
-    "evidence is of moderate quality .",
-)
-TRAPS = (
-    "living with {lay} can be tiring . people with {lay} often ask which drug or gene or test matters , and should see a doctor .",
-    "{lay} : what patients say . many had {lay} for years before the sign was seen and the medicine was given .",
-)
+FILLERS = ("seen worldwide .", "the course is slow .", "studies are small .", "known for decades .")
+TRAP = "{lay} : some tried the drug {value} without success ."
 
 
 @dataclass(frozen=True)
@@ -146,7 +129,7 @@ def make_world(cfg: WorldConfig, seed: int) -> World:
     """Generate the world.
 
     Args:
-      cfg: sizes; ``conditions`` at most 256 (16 organs x 16 processes).
+      cfg: sizes; ``conditions`` at most 576 (24 organs x 24 processes).
       seed: everything, names included, follows from it.
 
     Raises:
@@ -171,17 +154,21 @@ def make_world(cfg: WorldConfig, seed: int) -> World:
     questions: dict[str, list[Question]] = {"train": [], "dev": [], "test": []}
     for c, pair in enumerate(pairs):
         (organ, lay_organ), (process, lay_process) = organs[pair[0]], processes[pair[1]]
-        formal, lay = f"{organ} {process}", f"{lay_process} of the {lay_organ}"
-        siblings = [p for p in pairs if p[0] == pair[0] and p != pair]
+        formal, lay = f"{organ} {process}", f"{lay_organ} {lay_process}"
+        trap_drug = ""
+        if rng.random() < cfg.trap_share:
+            trap_drug = rng.choice([v for v in values["drug"] if v != fact[pair, "drug"]])
+            passages.append(Passage(f"c{c}-trap", lay, TRAP.format(lay=lay, value=trap_drug), "world"))
         for r in RELATIONS:
             value = fact[pair, r.name]
             sentences = [rng.choice(r.statements).format(formal=formal, value=value)]
-            for hint in (f"{organ} disease affects the {lay_organ} .", f"in {process} there is {lay_process} ."):
+            for hint in (f"it affects the {lay_organ} .", f"there is {lay_process} ."):
                 sentences.append(hint if rng.random() < cfg.hint_share else rng.choice(FILLERS))
             passage = Passage(f"c{c}-{r.name}", formal, " ".join(sentences), "world")
             passages.append(passage)
+            wrong = [trap_drug] if trap_drug and r.name == "drug" else []
             for q, template in enumerate(r.questions):
-                options = _options(rng, value, [fact[s, r.name] for s in siblings], values[r.name], cfg.sibling_options)
+                options = _options(rng, value, wrong, values[r.name])
                 questions[split_of[pair]].append(
                     Question(
                         id=f"c{c}-{r.name}-{q}",
@@ -194,8 +181,6 @@ def make_world(cfg: WorldConfig, seed: int) -> World:
                         meta={"group": f"c{c}"},
                     )
                 )
-        if rng.random() < cfg.trap_share:
-            passages.append(Passage(f"c{c}-trap", lay, rng.choice(TRAPS).format(lay=lay), "world"))
     stats = {
         "conditions": len(pairs),
         "test_conditions": sum(s == "test" for s in split_of.values()),
@@ -206,12 +191,10 @@ def make_world(cfg: WorldConfig, seed: int) -> World:
     return World(questions, passages, stats)
 
 
-def _options(rng: random.Random, value: str, siblings: list[str], pool: list[str], n_sibling: int) -> tuple[str, ...]:
-    """The value and three wrong ones, up to ``n_sibling`` of them true of a condition of the same organ."""
-    near = sorted(set(siblings) - {value})
-    wrong = rng.sample(near, min(n_sibling, len(near)))
-    wrong += rng.sample([v for v in pool if v != value and v not in wrong], 3 - len(wrong))
+def _options(rng: random.Random, value: str, wrong: list[str], pool: list[str]) -> tuple[str, ...]:
+    """The value, the wrong ones given and random others up to four, in random order."""
     options = [value, *wrong]
+    options += rng.sample([v for v in pool if v not in options], 4 - len(options))
     rng.shuffle(options)
     return tuple(options)
 

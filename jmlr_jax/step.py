@@ -1,0 +1,210 @@
+"""The joint training step (METHOD 'One training step'), a pure function compiled once.
+
+What the step is made of stands above it, each piece small enough to hold against the paper; the step itself puts them
+together, accumulates over microbatches of questions and applies one update to both halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from jmlr_jax import lora
+from jmlr_jax.config import LlamaConfig, LoraConfig, RetrieverConfig, TrainConfig
+from jmlr_jax.losses import RANK_LOSSES, answer_nll, pair_accuracy, sampling_entropy
+from jmlr_jax.nn.functional import encode_passages, encode_queries, llama_hidden, llama_logits
+from jmlr_jax.nn.layers import Params
+from jmlr_jax.pack import read_prompt
+from jmlr_jax.scoring import maxsim, minmax, sample, top
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+State = dict[str, Any]
+Weights = dict[str, Params]
+StepFn = Callable[[State, Weights, Batch], tuple[State, Metrics]]
+
+QUESTION_KEYS = ("question_ids_BxS", "question_len_B", "answer_ids_BxA", "answer_len_B")
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """What is static in a step.
+
+    Attributes:
+      retriever, llama: shapes of the two models, vocabulary sizes resolved.
+      lora: adapters on the generator; None trains all of it.
+      train: K, M, N, losses, accumulation.
+      max_length: T, tokens of a reading prompt with its answer.
+      bos_id, pad_id: of the generator's tokenizer.
+      rank: whether the retriever learns (METHOD steps 1 to 5). Without it the first N passages of the table are read.
+      read: whether the generator learns (METHOD step 6).
+      passages: N, how many passages are read.
+    """
+
+    retriever: RetrieverConfig
+    llama: LlamaConfig
+    lora: LoraConfig | None
+    train: TrainConfig
+    max_length: int
+    bos_id: int
+    pad_id: int
+    rank: bool
+    read: bool
+    passages: int
+
+
+def candidate_scores(spec: StepSpec, weights: Weights, batch: Batch) -> Array:
+    """METHOD steps 1 and 2: normalised MaxSim of the live retriever, ``score_BxK`` float32 in [-1, 1]."""
+    B, K, P = batch["passage_ids_BxKxP"].shape
+    q_BxQxC = encode_queries(weights["retriever"], spec.retriever, batch["query_ids_BxQ"], batch["query_len_B"])
+    ids_NxP, length_N = batch["passage_ids_BxKxP"].reshape(B * K, P), batch["passage_len_BxK"].reshape(B * K)
+    p_NxPxC, keep_NxP = encode_passages(weights["retriever"], spec.retriever, ids_NxP, length_N, weights["skip_V"])
+    p_BxKxPxC, keep_BxKxP = p_NxPxC.reshape(B, K, P, -1), keep_NxP.reshape(B, K, P)
+    return minmax(maxsim(q_BxQxC, p_BxKxPxC, keep_BxKxP), batch["valid_BxK"])
+
+
+def choose(batch: Batch, index_BxN: Array, taken_BxN: Array) -> Batch:
+    """The batch with only the chosen passages to read, in the order chosen; those not taken have length 0."""
+    ids_BxNxL = jnp.take_along_axis(batch["reader_ids_BxKxL"], index_BxN[..., None], axis=1)
+    length_BxN = jnp.where(taken_BxN, jnp.take_along_axis(batch["reader_len_BxK"], index_BxN, axis=1), 0)
+    return batch | {"reader_ids_BxKxL": ids_BxNxL, "reader_len_BxK": length_BxN}
+
+
+def answer_losses(
+    spec: StepSpec, weights: Weights, batch: Batch, dropout_key: Array | None
+) -> tuple[Array, dict[str, Array]]:
+    """METHOD steps 4 and 6: mean answer loss of each question after all the passages of the batch.
+
+    Args:
+      weights: ``generator``, and ``base`` under adapters.
+      batch: ``reader_ids_BxKxL`` best first; the prompt has the worst first.
+      dropout_key: None turns dropout off, as judging needs it (METHOD fault 6).
+
+    Returns:
+      nll_B float32, nats per token, and what the prompts held: ``tokens`` and ``dropped`` passages.
+    """
+    base, adapters = weights["generator"], None
+    if spec.lora is not None:
+        base, adapters = weights["base"], lora.bind(weights["generator"], spec.lora, dropout_key)
+    answer_BxA, answer_len_B = batch["answer_ids_BxA"], batch["answer_len_B"]
+    _, K, L = batch["reader_ids_BxKxL"].shape
+    total = min(spec.max_length, 1 + K * L + batch["question_ids_BxS"].shape[1] + answer_BxA.shape[1])
+    tokens_BxT, length_B, dropped_B = read_prompt(
+        batch, total=total, bos_id=spec.bos_id, pad_id=spec.pad_id, answer=(answer_BxA, answer_len_B)
+    )
+    hidden_BxTxD = llama_hidden(base, spec.llama, tokens_BxT, length_B, adapters=adapters)
+    # The head is applied only where an answer token is predicted, one position before it.
+    place_BxA = (length_B - answer_len_B)[:, None] + jnp.arange(answer_BxA.shape[1]) - 1
+    hidden_BxAxD = jnp.take_along_axis(hidden_BxTxD, jnp.clip(place_BxA, 0, total - 1)[..., None], axis=1)
+    nll_B = answer_nll(llama_logits(base, spec.llama, hidden_BxAxD, adapters=adapters), answer_BxA, answer_len_B)
+    return nll_B, {"tokens": jnp.sum(length_B), "dropped": jnp.sum(dropped_B)}
+
+
+def judge(spec: StepSpec, weights: Weights, batch: Batch, index_BxM: Array, taken_BxM: Array) -> Array:
+    """METHOD step 4: answer loss ``nll_BxM`` after each sampled passage alone. No gradient, dropout off."""
+    B, M = index_BxM.shape
+    chosen = choose(batch, index_BxM, taken_BxM)
+    alone = {name: jnp.repeat(batch[name], M, axis=0) for name in QUESTION_KEYS}
+    alone["reader_ids_BxKxL"] = chosen["reader_ids_BxKxL"].reshape(B * M, 1, -1)
+    alone["reader_len_BxK"] = chosen["reader_len_BxK"].reshape(B * M, 1)
+    nll_N, _ = answer_losses(spec, jax.lax.stop_gradient(weights), alone, None)
+    return jax.lax.stop_gradient(nll_N.reshape(B, M))
+
+
+def joint_loss(
+    params: Weights, frozen: Weights, batch: Batch, dropout_key: Array, *, spec: StepSpec
+) -> tuple[Array, Metrics]:
+    """METHOD steps 1 to 7 on one microbatch: total loss, a mean over questions, and metrics.
+
+    ``batch`` carries ``gumbel_BxK``, drawn for the whole batch so that accumulation does not change the sample.
+    """
+    weights, train = frozen | params, spec.train
+    loss, metrics = jnp.zeros(()), {}
+    index_BxN, taken_BxN = top(jnp.zeros(batch["valid_BxK"].shape), batch["valid_BxK"], max(spec.passages, 1))
+    if spec.rank:
+        score_BxK = candidate_scores(spec, weights, batch)
+        index_BxM, taken_BxM = sample(score_BxK, batch["valid_BxK"], batch["gumbel_BxK"], train.sampled)
+        score_BxM = jnp.take_along_axis(score_BxK, index_BxM, axis=1)
+        nll_BxM = judge(spec, weights, batch, index_BxM, taken_BxM)
+        rank_loss = jnp.mean(RANK_LOSSES[train.rank_loss](score_BxM, nll_BxM, taken_BxM))
+        loss += train.rank_weight * rank_loss
+        metrics |= {
+            "loss/rank": rank_loss,
+            "rank/pair_accuracy": pair_accuracy(score_BxM, nll_BxM, taken_BxM),
+            "rank/entropy": jnp.mean(sampling_entropy(score_BxK, batch["valid_BxK"])),
+        }
+        index_BxN, taken_BxN = top(jax.lax.stop_gradient(score_BxK), batch["valid_BxK"], max(spec.passages, 1))
+    if spec.read:
+        read = choose(batch, index_BxN[:, : spec.passages], taken_BxN[:, : spec.passages])
+        nll_B, held = answer_losses(spec, weights, read, dropout_key)
+        loss += jnp.mean(nll_B)
+        metrics |= {"loss/answer": jnp.mean(nll_B), "prompt/tokens": held["tokens"], "prompt/dropped": held["dropped"]}
+    return loss, metrics
+
+
+def make_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> StepFn:
+    """The step ``(state, frozen, batch) -> (state, metrics)`` to be compiled with the state donated.
+
+    State: ``step`` and counters ``skipped``, ``skipped_in_row`` (int32), ``key`` (the run's, never consumed),
+    ``params`` (what trains: ``retriever``, ``generator`` or both) and ``opt``. ``frozen`` is what a step reads but
+    never changes: ``skip_V`` (retriever vocabulary outside MaxSim), ``base`` under adapters, a half that does not train.
+    Gradients that are not finite change nothing but the counters.
+    """
+    pieces = spec.train.accumulate
+    gradient = jax.value_and_grad(partial(joint_loss, spec=spec), has_aux=True)
+
+    def step(state: State, frozen: Weights, batch: Batch) -> tuple[State, Metrics]:
+        noise_key, dropout_key = jax.random.split(jax.random.fold_in(state["key"], state["step"]))
+        batch = batch | {"gumbel_BxK": jax.random.gumbel(noise_key, batch["valid_BxK"].shape)}
+        # (micro, pieces) and swap, not (pieces, micro): rows of one device stay on it.
+        split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, pieces, *x.shape[1:]), 0, 1), batch)
+        keys = jax.random.split(dropout_key, pieces)
+
+        def one(total: Any, piece: tuple[Batch, Array]) -> tuple[Any, None]:
+            (_, metrics), grads = gradient(state["params"], frozen, *piece)
+            return jax.tree.map(jnp.add, total, (grads, metrics)), None
+
+        first = jax.tree.map(lambda x: x[0], (split, keys))
+        shapes = jax.eval_shape(gradient, state["params"], frozen, *first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[1], shapes[0][1]))
+        (grads, metrics), _ = jax.lax.scan(one, zeros, (split, keys))
+        # Every loss is a mean over a microbatch of equal size, so the batch's is the mean of theirs; counts are sums.
+        grads = jax.tree.map(lambda g: g / pieces, grads)
+        metrics = {name: m if name.startswith("prompt/") else m / pieces for name, m in metrics.items()}
+
+        updates, opt = optimizer.update(grads, state["opt"], state["params"])
+        norms = {f"grad_norm/{half}": optax.global_norm(tree) for half, tree in grads.items()}
+        good = jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
+        keep = partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
+        state = {
+            "step": state["step"] + 1,
+            "key": state["key"],
+            "params": keep(optax.apply_updates(state["params"], updates), state["params"]),
+            "opt": keep(opt, state["opt"]),
+            "skipped": state["skipped"] + ~good,
+            "skipped_in_row": jnp.where(good, 0, state["skipped_in_row"] + 1),
+        }
+        counters = {"skipped": state["skipped"], "skipped_in_row": state["skipped_in_row"]}
+        return state, metrics | norms | counters
+
+    return step
+
+
+def init_state(params: Weights, optimizer: optax.GradientTransformation, key: Array) -> State:
+    """The state before the first step; ``key`` as from ``jax.random.key_data``."""
+    zero = jnp.zeros((), jnp.int32)
+    return {
+        "step": zero,
+        "key": key,
+        "params": params,
+        "opt": optimizer.init(params),
+        "skipped": zero,
+        "skipped_in_row": zero,
+    }
