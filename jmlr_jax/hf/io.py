@@ -1,0 +1,188 @@
+"""Safetensors files and directories, read and written tensor by tensor.
+
+A file is an 8-byte little-endian header size, a JSON header ``{name: {dtype, shape, data_offsets}}`` and the bytes. It
+is read and written here, not by the library, because a model larger than the host's memory must pass in pieces.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from jmlr_jax.errors import JmlrError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+FLOATS: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+DTYPES: dict[str, Any] = FLOATS | {
+    "F64": np.float64,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+_LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
+
+
+class HFError(JmlrError, ValueError):
+    """A Hugging Face directory that cannot be read or written faithfully; the message names file, field and remedy."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: where its bytes are. `dtype` is the format's name for it, e.g. ``BF16``."""
+
+    file: epath.Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # from the beginning of the file
+    size: int
+
+    def read(self) -> np.ndarray:
+        """The tensor. On a local disk a memory map, of which only the parts that are used are read.
+
+        Raises:
+            HFError: the dtype is none that is known here.
+        """
+        if self.dtype not in DTYPES:
+            raise HFError(
+                f"{self.file}: dtype {self.dtype} is not read here; save the model as float32, bfloat16 or float16"
+            )
+        dtype = np.dtype(DTYPES[self.dtype])
+        local = Path(os.fspath(self.file))
+        if self.size and local.is_file():
+            return np.memmap(local, dtype, "r", self.start, self.shape)
+        with self.file.open("rb") as stream:
+            stream.seek(self.start)
+            return np.frombuffer(stream.read(self.size), dtype).reshape(self.shape)
+
+
+def read_header(file: str | os.PathLike[str]) -> dict[str, Entry]:
+    """The tensors of one safetensors file, every byte of it accounted for.
+
+    Raises:
+        HFError: the file is truncated, damaged, or no safetensors file.
+    """
+    path = epath.Path(file)
+    total = path.stat().length
+    remedy = "download or export it again"
+    with path.open("rb") as stream:
+        first = stream.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else _LONGEST_HEADER + 1
+        if length > _LONGEST_HEADER:
+            raise HFError(f"{path}: not a safetensors file, or its beginning is damaged; {remedy}")
+        if 8 + length > total:
+            raise HFError(f"{path}: truncated within its header ({total} bytes of at least {8 + length}); {remedy}")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise HFError(f"{path}: its header is not JSON ({error}); {remedy}") from error
+    if not isinstance(header, dict):
+        raise HFError(f"{path}: its header is not a table of tensors; {remedy}")
+    header.pop("__metadata__", None)
+    entries: dict[str, Entry] = {}
+    for name, row in header.items():
+        try:
+            dtype, shape, (start, end) = str(row["dtype"]), tuple(map(int, row["shape"])), row["data_offsets"]
+            entries[name] = Entry(path, dtype, shape, 8 + length + int(start), int(end) - int(start))
+        except (KeyError, TypeError, ValueError) as error:
+            raise HFError(f"{path}: header entry of {name} is malformed; {remedy}") from error
+        if dtype in DTYPES and (min(shape, default=1) < 0 or entries[name].size != _bytes(dtype, shape)):
+            raise HFError(
+                f"{path}: {name} has {entries[name].size} bytes, {dtype} {list(shape)} needs {_bytes(dtype, shape)}"
+            )
+    at = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
+        if entry.start != at:
+            raise HFError(f"{path}: the bytes of {name} overlap others or leave a gap; {remedy}")
+        at += entry.size
+    if at != total:
+        fault = "truncated" if total < at else "followed by bytes that belong to no tensor"
+        raise HFError(f"{path}: {fault} ({total} bytes, its header describes {at}); {remedy}")
+    return entries
+
+
+def read_directory(directory: str | os.PathLike[str]) -> dict[str, Entry]:
+    """The tensors of a model directory: of ``model.safetensors``, or of all files that the index names.
+
+    Raises:
+        HFError: no safetensors there (pickled weights are refused), a tensor in two files, or an index that disagrees
+            with its files.
+    """
+    folder = epath.Path(directory)
+    if not folder.is_dir():
+        raise HFError(f"{folder}: no such directory")
+    if not (folder / INDEX).exists():
+        if not (folder / SINGLE).exists():
+            raise HFError(_without_weights(folder))
+        return read_header(folder / SINGLE)
+    index = read_json(folder / INDEX)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise HFError(f"{folder / INDEX}: no weight_map from tensors to files")
+    strange = sorted({name for name in weight_map.values() if epath.Path(name).name != name})
+    if strange:
+        raise HFError(f"{folder / INDEX}: names files outside the directory: {', '.join(strange)}")
+    files = sorted(set(weight_map.values()))
+    lost = [name for name in files if not (folder / name).exists()]
+    if lost:
+        raise HFError(f"{folder}: {INDEX} names files that are not there: {', '.join(lost)}; download them")
+    found: dict[str, Entry] = {}
+    faults = []
+    for name in files:
+        for key, entry in read_header(folder / name).items():
+            if key in found:
+                faults.append(f"{key} is set twice, in {found[key].file.name} and in {name}")
+            elif weight_map.get(key) != name:
+                faults.append(f"{key} is in {name}, the index has it in {weight_map.get(key, 'no file')}")
+            found[key] = entry
+    faults += [f"{key} is not in {name}" for key, name in weight_map.items() if key not in found]
+    if faults:
+        raise HFError("\n".join([f"{folder}: {INDEX} and its files disagree:", *faults]))
+    return found
+
+
+def read_json(file: str | os.PathLike[str], kind: type = dict) -> Any:
+    """A JSON object, or the list that `kind` asks for; raises HFError naming the file where there is none."""
+    path = epath.Path(file)
+    if not path.exists():
+        raise HFError(f"{path}: no such file")
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise HFError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise HFError(f"{path}: expected a JSON {'object' if kind is dict else 'list'}")
+    return value
+
+
+def _bytes(dtype: str, shape: Iterable[int]) -> int:
+    return math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+
+
+def _without_weights(folder: epath.Path) -> str:
+    """Why a directory without safetensors is refused, and what mends it."""
+    names = sorted(file.name for file in folder.iterdir())
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickled:
+        return (
+            f"{folder}: holds pickled weights only ({', '.join(pickled)}), which can run code and are never read here. "
+            "Convert them where you trust them: load the model with transformers and call "
+            "model.save_pretrained(directory), which writes safetensors"
+        )
+    if "adapter_config.json" in names:
+        return f"{folder}: holds PEFT adapters, not a model; give the directory of the merged model"
+    return f"{folder}: neither {SINGLE} nor {INDEX} is there"

@@ -1,0 +1,205 @@
+"""Weights of Hugging Face directories, read tensor by tensor straight into the layout of the mesh.
+
+Peak host memory is near the largest single tensor: each is copied to the devices as it lies on disk, and turned, cast
+and written into its place in the layer stack there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from jmlr_jax.config import LlamaConfig, RetrieverConfig
+from jmlr_jax.hf import bert, config, llama
+from jmlr_jax.hf.io import Entry, HFError, read_directory, read_json
+from jmlr_jax.hf.layouts import Source, check_conventions, open_retriever
+from jmlr_jax.hf.table import Row, assign, gather, leaves, nest
+from jmlr_jax.nn.functional import abstract_params, logical_axes
+from jmlr_jax.nn.layers import Params, fan_in
+from jmlr_jax.sharding import shardings
+
+
+def load_generator(
+    source: str, asked: LlamaConfig, mesh: Mesh | None = None, *, tokens: int = 0
+) -> tuple[LlamaConfig, Params]:
+    """A causal decoder from a Hugging Face directory.
+
+    Args:
+        source: the directory; LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM in
+            safetensors of float32, bfloat16 or float16.
+        asked: the user's ``generator.llama``: dtype, param_dtype, remat, and a vocabulary size if it is to be padded. A
+            shape that is set must agree with the checkpoint.
+        mesh: where the weights go; the first device if None.
+        tokens: size of the tokenizer used with it. Rows of the embedding and the head beyond the checkpoint's are the
+            mean of its rows.
+
+    Returns:
+        The full configuration and the parameters, in asked.param_dtype.
+
+    Raises:
+        HFError: names every field, tensor or file that does not fit.
+        ShardingError: the mesh does not divide the weights.
+    """
+    raw, file = read_json(epath.Path(source) / "config.json"), f"{source}/config.json"
+    found = config.llama_from_hf(raw, file)
+    cfg = config.resolve(found, asked, tokens, "generator.llama", source)
+    entries = read_directory(source)
+    if cfg.tie_embeddings and llama.HEAD in entries:
+        entries = _without_tied_head(entries, source)
+    rows = llama.llama_rows(cfg)
+    assigned = assign(rows, leaves(abstract_params(found)), entries, llama.canonical, source)
+    return cfg, nest(_place_all(rows, assigned, abstract_params(cfg), logical_axes(cfg), mesh))
+
+
+def load_retriever(
+    source: str, cfg: RetrieverConfig, key: jax.Array, mesh: Mesh | None = None, *, tokens: int = 0
+) -> tuple[RetrieverConfig, Params]:
+    """A late-interaction encoder from a Hugging Face directory (layouts: :mod:`jmlr_jax.hf.layouts`).
+
+    Args:
+        source: the directory.
+        cfg: the user's ``retriever``; its ``bert`` as `asked` in :func:`load_generator`.
+        key: draws the projection of a directory that has none (a plain BertModel).
+        mesh, tokens: as in :func:`load_generator`.
+
+    Returns:
+        `cfg` with ``bert`` and ``dim`` resolved, and the parameters.
+
+    Raises:
+        HFError: names every field, tensor or file that does not fit; also a convention of the checkpoint (markers,
+            attention to the augmentation, punctuation) that `cfg` departs from.
+        ShardingError: the mesh does not divide the weights.
+    """
+    opened = open_retriever(source)
+    check_conventions(opened, cfg)
+    found = config.bert_from_hf(opened.config, f"{source}/config.json")
+    resolved = config.resolve(found, cfg.bert, tokens, "retriever.bert", source)
+    default = RetrieverConfig.model_fields["dim"].default
+    if opened.dim is not None and cfg.dim not in (default, opened.dim):
+        raise HFError(f"retriever.dim={cfg.dim}, the projection of {source} has {opened.dim}; leave it out")
+    cfg = cfg.model_copy(update={"bert": resolved, "dim": opened.dim or cfg.dim})
+    _check_position_ids(opened)
+
+    abstract, axes = abstract_params(cfg), logical_axes(cfg)
+    smaller = cfg.model_copy(update={"bert": found})
+    rows, wanted = bert.colbert_rows(resolved), leaves(abstract_params(smaller))
+    if opened.dim is None:  # no projection in the file: not in its table either
+        rows = tuple(row for row in rows if row.path != "projection")
+        wanted.pop("projection")
+    placed = _place_all(rows, assign(rows, wanted, opened.entries, bert.canonical, source), abstract, axes, mesh)
+    if opened.dim is None:
+        target = abstract["projection"]
+        where = _shardings(abstract, axes, mesh)["projection"]
+        draw = jax.jit(lambda k: fan_in(1)(k, target.shape, jnp.float32).astype(target.dtype), out_shardings=where)
+        placed["projection"] = draw(key)
+    return cfg, nest(placed)
+
+
+def _place_all(
+    rows: Sequence[Row], assigned: Mapping[str, list[Entry]], abstract: Params, axes: Params, mesh: Mesh | None
+) -> dict[str, jax.Array]:
+    """Every weight on its devices, by dotted path; raises HFError naming those with values that are not finite."""
+    targets, places = leaves(abstract), _shardings(abstract, axes, mesh)
+    placed, faults = {}, []
+    for row in rows:
+        entries = assigned[row.path]
+        placed[row.path] = _place(row, entries, targets[row.path], places[row.path])
+        if not _all_finite(placed[row.path]):
+            faults.append(f"{row.key.format('*')} of {entries[0].dtype} as {targets[row.path].dtype}")
+    if faults:
+        folder = next(iter(assigned.values()))[0].file.parent
+        raise HFError(
+            f"{folder}: not all values are finite in {', '.join(gather(faults))}; is a wider param_dtype needed?"
+        )
+    return placed
+
+
+def _shardings(abstract: Params, axes: Params, mesh: Mesh | None) -> dict[str, Sharding]:
+    if mesh is None:
+        here = SingleDeviceSharding(jax.local_devices()[0])
+        return dict.fromkeys(leaves(abstract), here)
+    return leaves(shardings(mesh, axes, abstract))
+
+
+def _place(row: Row, entries: Sequence[Entry], target: jax.ShapeDtypeStruct, place: Sharding) -> jax.Array:
+    """One weight: the tensors of its layers, or the one there is, with rows added to a vocabulary that is short."""
+    shape = target.shape[1:] if row.layered else target.shape
+    raw_place = _raw_sharding(row, shape, place)
+
+    def convert(raw: jax.Array) -> jax.Array:
+        if "v" in row.ours:
+            size = shape[row.ours.index("v")]
+            more = size - raw.shape[0]
+            mean = jnp.mean(raw.astype(jnp.float32), axis=0, keepdims=True).astype(raw.dtype)
+            raw = jnp.concatenate([raw, jnp.broadcast_to(mean, (more, *raw.shape[1:]))]) if more else raw
+        return row.to_ours(raw, shape).astype(target.dtype)
+
+    if not row.layered:
+        return jax.jit(convert, out_shardings=place)(_raw(entries[0], raw_place))
+    stack = jax.jit(partial(jnp.zeros, target.shape, target.dtype), out_shardings=place)()
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=place)
+    def write(stack: jax.Array, raw: jax.Array, layer: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, convert(raw), layer, 0)
+
+    for layer, entry in enumerate(entries):
+        # Waiting keeps one tensor at a time in the host's memory.
+        stack = jax.block_until_ready(write(stack, _raw(entry, raw_place), jnp.asarray(layer)))
+    return stack
+
+
+def _raw(entry: Entry, place: Any) -> jax.Array:
+    """A tensor on the devices as it lies on disk; each host reads what its own devices hold."""
+    array = entry.read()
+    return jax.make_array_from_callback(entry.shape, place(entry.shape), lambda index: np.asarray(array[index]))
+
+
+def _raw_sharding(row: Row, shape: tuple[int, ...], place: Sharding) -> Any:
+    """From shape to the sharding of their tensor that lies where ours will: no device gets bytes it will not keep."""
+    if not isinstance(place, NamedSharding):
+        return lambda their_shape: place
+    spec = tuple(place.spec) + (None,) * (len(shape) + int(row.layered) - len(place.spec))
+    of = dict(zip(row.ours, spec[int(row.layered) :], strict=True))
+
+    def sharding(their_shape: tuple[int, ...]) -> NamedSharding:
+        entries = []
+        for group, size in zip(row.theirs, their_shape, strict=True):
+            entry = of[group[0]]  # the slowest axis of a merged one splits it into whole blocks
+            names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+            ways = int(np.prod([place.mesh.shape[name] for name in names]))
+            entries.append(entry if size % ways == 0 else None)
+        return NamedSharding(place.mesh, PartitionSpec(*entries))
+
+    return sharding
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(x))
+
+
+def _without_tied_head(entries: Mapping[str, Entry], source: str) -> dict[str, Entry]:
+    """Drops a head that is stored although it is tied; raises HFError if it is not the embedding."""
+    head, embed = entries[llama.HEAD], entries.get(llama.EMBED)
+    if embed is not None and (head.shape != embed.shape or not np.array_equal(head.read(), embed.read())):
+        raise HFError(
+            f"{source}: {llama.HEAD} differs from {llama.EMBED}, but config.json says tie_word_embeddings: true; "
+            "if the model has a head of its own, set it to false"
+        )
+    return {key: entry for key, entry in entries.items() if key != llama.HEAD}
+
+
+def _check_position_ids(source: Source) -> None:
+    """Old encoders store the positions 0, 1, 2, ...; raises HFError if these are others."""
+    for key in (bert.POSITION_IDS, f"bert.{bert.POSITION_IDS}"):
+        if key in source.entries:
+            ids = source.entries[key].read().reshape(-1)
+            if not np.array_equal(ids, np.arange(len(ids))):
+                raise HFError(f"{source.directory}: {key} is not 0, 1, 2, ...; other positions are not computed here")
