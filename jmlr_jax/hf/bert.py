@@ -40,7 +40,7 @@ def bert_rows(cfg: BertConfig) -> tuple[Row, ...]:
 
 def colbert_rows(cfg: BertConfig) -> tuple[Row, ...]:
     """One row for each leaf of ``init_colbert(...)``; the keys that :func:`canonical` gives."""
-    trunk = [Row(f"bert.{row.path}", row.key, row.axes) for row in bert_rows(cfg)]
+    trunk = [Row(f"bert.{row.path}", row.key, row.text) for row in bert_rows(cfg)]
     return (*trunk, Row("projection", PROJECTION, "c d -> d c"))
 
 

@@ -1,4 +1,4 @@
-"""``config.json`` to our configurations: a field that changes the computation is honoured or refused by name.
+"""``config.json`` to our configurations and back: what changes the computation is honoured or refused by name.
 
 Defaults of absent fields are those of transformers' own configuration classes; sizes must be stated.
 """
@@ -152,6 +152,79 @@ def bert_from_hf(raw: Mapping[str, Any], where: str) -> BertConfig:
     )
 
 
+def llama_to_hf(cfg: LlamaConfig, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The content of config.json for a decoder.
+
+    Args:
+        cfg: what was computed; param_dtype becomes the stored dtype.
+        like: config.json of the checkpoint that training began from, which keeps its class and what is not ours to say.
+
+    Raises:
+        HFError: no transformers class computes this, or `like` describes another model.
+    """
+    window = cfg.sliding_window
+    scaling = None
+    if cfg.rope_scaling is not None:
+        scaling = cfg.rope_scaling.model_dump(exclude={"type", "original_max_positions"}, exclude_none=True)
+        kind = cfg.rope_scaling.type
+        scaling = {
+            name: scaling[name] for name in (*_ROPE_KEYS[kind], *_ROPE_OPTIONAL.get(kind, ())) if name in scaling
+        }
+        scaling |= {"rope_type": kind}
+        if kind in ("llama3", "yarn"):
+            scaling["original_max_position_embeddings"] = cfg.rope_scaling.original_max_positions or cfg.max_positions
+    architecture = "MistralForCausalLM" if window else "LlamaForCausalLM"
+    if cfg.qk_norm or cfg.qkv_bias:
+        architecture = "Qwen3ForCausalLM" if cfg.qk_norm else "Qwen2ForCausalLM"
+    kind = DECODERS[architecture].model_type
+    raw = {
+        "architectures": [architecture],
+        "model_type": kind,
+        "hidden_act": "silu",
+        "hidden_size": cfg.hidden_size,
+        "intermediate_size": cfg.intermediate_size,
+        "num_hidden_layers": cfg.num_layers,
+        "num_attention_heads": cfg.num_heads,
+        "num_key_value_heads": cfg.num_kv_heads,
+        "head_dim": cfg.head_dim or cfg.hidden_size // cfg.num_heads,
+        "max_position_embeddings": cfg.max_positions,
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": scaling,
+        "rms_norm_eps": cfg.rms_norm_eps,
+        "tie_word_embeddings": cfg.tie_embeddings,
+    }
+    if kind in ("llama", "qwen3"):
+        raw["attention_bias"] = False
+    if kind == "mistral":
+        raw["sliding_window"] = window
+    elif window:
+        raw |= {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
+    raw = dict(like or raw) | {"vocab_size": cfg.vocab_size}
+    _say_dtype(raw, cfg.param_dtype)
+    _check_round_trip(cfg, llama_from_hf(raw, "config.json to be written"))
+    return raw
+
+
+def bert_to_hf(cfg: BertConfig, architecture: str, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The content of config.json for an encoder of class `architecture`; otherwise as :func:`llama_to_hf`."""
+    raw = {
+        "model_type": "bert",
+        "hidden_act": cfg.hidden_act,
+        "hidden_size": cfg.hidden_size,
+        "intermediate_size": cfg.intermediate_size,
+        "num_hidden_layers": cfg.num_layers,
+        "num_attention_heads": cfg.num_heads,
+        "max_position_embeddings": cfg.max_positions,
+        "type_vocab_size": cfg.type_vocab_size,
+        "layer_norm_eps": cfg.layer_norm_eps,
+        "position_embedding_type": "absolute",
+    }
+    raw = dict(like or raw) | {"architectures": [architecture], "vocab_size": cfg.vocab_size}
+    _say_dtype(raw, cfg.param_dtype)
+    _check_round_trip(cfg, bert_from_hf(raw, "config.json to be written"))
+    return raw
+
+
 def resolve(found: Model, asked: Model, tokens: int, key: str, where: str) -> Model:
     """The checkpoint's shape with the user's dtypes, remat and vocabulary.
 
@@ -240,9 +313,32 @@ def _rope_from_hf(hf: Any) -> tuple[RopeScalingConfig | None, list[str]]:
     faults += [f"rope_scaling.{name} is not computed here" for name in given if name not in (*required, *optional)]
     if kind == "default" or faults:
         return None, faults
-    return RopeScalingConfig(type=kind, original_max_positions=trained, **given), []
+    return RopeScalingConfig(type=kind, original_max_positions=None if kind == "linear" else trained, **given), []
 
 
 def _stop(faults: Sequence[str], where: str) -> None:
     if faults:
         raise HFError("\n".join([f"{where}:", *(f"  {fault}" for fault in faults)]))
+
+
+def _say_dtype(raw: dict[str, Any], dtype: str) -> None:
+    """Both names of the field are read by some tool; a file keeps the one it has."""
+    raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype
+
+
+def _check_round_trip(cfg: Model, back: Model) -> None:
+    """Raises HFError naming the fields that config.json would change."""
+
+    def shape(model: Model) -> dict[str, Any]:
+        fields = model.model_dump(exclude={"dtype", "param_dtype", "remat"})
+        if isinstance(model, LlamaConfig):
+            fields["head_dim"] = model.head_dim or model.hidden_size // model.num_heads
+            if model.rope_scaling is not None:
+                used = model.rope_scaling.original_max_positions or model.max_positions
+                fields["rope_scaling"]["original_max_positions"] = None if model.rope_scaling.type == "linear" else used
+        return fields
+
+    ours, theirs = shape(cfg), shape(back)
+    faults = [f"{name} {ours[name]!r} would be read as {theirs[name]!r}" for name in ours if ours[name] != theirs[name]]
+    if faults:
+        raise HFError(f"config.json cannot express this model: {', '.join(faults)}")

@@ -10,7 +10,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,97 @@ def read_json(file: str | os.PathLike[str], kind: type = dict) -> Any:
     if not isinstance(value, kind):
         raise HFError(f"{path}: expected a JSON {'object' if kind is dict else 'list'}")
     return value
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor to be written; `read` gives its value when its turn comes, and it is let go afterwards."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_directory(directory: str | os.PathLike[str], tensors: Sequence[Tensor], shard_bytes: int) -> None:
+    """Writes ``model.safetensors``, or several files of at most `shard_bytes` and their index; one tensor in memory.
+
+    Raises:
+        ValueError: two tensors of one name, or a value that is not of its stated shape and dtype.
+    """
+    folder = epath.Path(directory)
+    shards: list[list[Tensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.size for t in shards[-1]) + tensor.size > shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    if len({tensor.name for tensor in tensors}) < len(tensors):
+        raise ValueError("two tensors have one name")
+    if len(shards) == 1:
+        write_file(folder / SINGLE, tensors)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / name, shard)
+        weight_map |= {tensor.name: name for tensor in shard}
+    index = {"metadata": {"total_size": sum(t.size for t in tensors)}, "weight_map": weight_map}
+    write_json(folder / INDEX, index)
+
+
+def write_file(file: str | os.PathLike[str], tensors: Sequence[Tensor]) -> None:
+    """Writes one safetensors file; see :func:`write_directory`."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    at = 0
+    for tensor in tensors:
+        span = [at, at := at + tensor.size]
+        header[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with epath.Path(file).open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)))
+        stream.write(text)
+        for tensor in tensors:
+            value = np.ascontiguousarray(tensor.read()).reshape(tensor.shape)
+            if value.dtype != tensor.dtype:
+                raise ValueError(f"{tensor.name} is {value.dtype}, not {tensor.dtype}")
+            stream.write(value.view(np.uint8).data if value.ndim else value.tobytes())
+
+
+def write_json(file: str | os.PathLike[str], value: Any) -> None:
+    """Writes JSON as Hugging Face libraries do: indented, UTF-8, final newline."""
+    epath.Path(file).write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def whole_directory(directory: str | os.PathLike[str]) -> Iterator[epath.Path]:
+    """A folder to write into that becomes `directory` when the block ends well; nothing is left there otherwise.
+
+    What a killed process leaves is a hidden sibling ending in ``.part``; the next attempt removes it.
+
+    Raises:
+        HFError: `directory` exists and is not an empty folder.
+    """
+    target = epath.Path(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise HFError(f"{target}: exists already; give a new directory, or remove it first")
+    part = target.parent / f".{target.name}.part"
+    if part.exists():
+        part.rmtree()
+    part.mkdir(parents=True)
+    try:
+        yield part
+    except BaseException:
+        part.rmtree()
+        raise
+    if target.exists():
+        target.rmtree()
+    part.rename(target)
 
 
 def _bytes(dtype: str, shape: Iterable[int]) -> int:

@@ -35,7 +35,8 @@ class Source:
     Attributes:
         entries: tensors of trunk and, if there is one, projection.
         config: content of config.json.
-        conventions: what the directory says of `RetrieverConfig` fields, by name.
+        conventions: what the directory says of fields of `RetrieverConfig` that a user must not depart from.
+        lengths: what it says of its lengths, which are the user's choice.
     """
 
     kind: Literal["bert", "hf_colbert", "pylate"]
@@ -43,6 +44,7 @@ class Source:
     entries: Mapping[str, Entry]
     config: Mapping[str, Any]
     conventions: Mapping[str, Any] = field(default_factory=dict)
+    lengths: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def dim(self) -> int | None:
@@ -67,9 +69,9 @@ def open_retriever(directory: str | os.PathLike[str]) -> Source:
         if bert.PROJECTION in entries:
             raise HFError(f"{folder}: {bert.PROJECTION} is set twice, in the trunk's file and in {dense.name}")
         entries = {**entries, **_dense_entries(dense)}
-        return Source("pylate", folder, entries, config, _pylate_conventions(folder))
+        return Source("pylate", folder, entries, config, _pylate_conventions(folder), _lengths(folder))
     if bert.PROJECTION in entries:
-        return Source("hf_colbert", folder, entries, config, _colbert_conventions(folder))
+        return Source("hf_colbert", folder, entries, config, _colbert_conventions(folder), _lengths(folder))
     return Source("bert", folder, entries, config)
 
 
@@ -118,6 +120,19 @@ def _dense_entries(dense: epath.Path) -> dict[str, Entry]:
     if set(entries) != {bert.PROJECTION}:
         raise HFError(f"{dense / SINGLE}: holds {', '.join(sorted(entries))}; expected {bert.PROJECTION} alone")
     return entries
+
+
+def _lengths(folder: epath.Path) -> dict[str, int]:
+    """Lengths that either card states."""
+    found: dict[str, int] = {}
+    for card, query, passage in (
+        (PYLATE_CARD, "query_length", "document_length"),
+        (COLBERT_CARD, "query_maxlen", "doc_maxlen"),
+    ):
+        said = read_json(folder / card) if (folder / card).exists() else {}
+        pairs = {"query_length": said.get(query), "passage_length": said.get(passage)}
+        found |= {name: value for name, value in pairs.items() if value is not None}
+    return found
 
 
 def _colbert_conventions(folder: epath.Path) -> dict[str, Any]:

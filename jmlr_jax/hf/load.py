@@ -6,8 +6,9 @@ and written into its place in the layer stack there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jmlr_jax.config import LlamaConfig, RetrieverConfig
 from jmlr_jax.hf import bert, config, llama
 from jmlr_jax.hf.io import Entry, HFError, read_directory, read_json
 from jmlr_jax.hf.layouts import Source, check_conventions, open_retriever
-from jmlr_jax.hf.table import Row, assign, gather, leaves, nest
+from jmlr_jax.hf.table import Axes, Row, Shape, assign, gather, leaves, nest
 from jmlr_jax.nn.functional import abstract_params, logical_axes
 from jmlr_jax.nn.layers import Params, fan_in
 from jmlr_jax.sharding import shardings
@@ -51,8 +52,8 @@ def load_generator(
     found = config.llama_from_hf(raw, file)
     cfg = config.resolve(found, asked, tokens, "generator.llama", source)
     entries = read_directory(source)
-    if cfg.tie_embeddings and llama.HEAD in entries:
-        entries = _without_tied_head(entries, source)
+    if cfg.tie_embeddings:
+        entries = without_tied_head(entries, source)
     rows = llama.llama_rows(cfg)
     assigned = assign(rows, leaves(abstract_params(found)), entries, llama.canonical, source)
     return cfg, nest(_place_all(rows, assigned, abstract_params(cfg), logical_axes(cfg), mesh))
@@ -85,7 +86,7 @@ def load_retriever(
     if opened.dim is not None and cfg.dim not in (default, opened.dim):
         raise HFError(f"retriever.dim={cfg.dim}, the projection of {source} has {opened.dim}; leave it out")
     cfg = cfg.model_copy(update={"bert": resolved, "dim": opened.dim or cfg.dim})
-    _check_position_ids(opened)
+    check_position_ids(opened)
 
     abstract, axes = abstract_params(cfg), logical_axes(cfg)
     smaller = cfg.model_copy(update={"bert": found})
@@ -130,54 +131,57 @@ def _shardings(abstract: Params, axes: Params, mesh: Mesh | None) -> dict[str, S
 
 def _place(row: Row, entries: Sequence[Entry], target: jax.ShapeDtypeStruct, place: Sharding) -> jax.Array:
     """One weight: the tensors of its layers, or the one there is, with rows added to a vocabulary that is short."""
-    shape = target.shape[1:] if row.layered else target.shape
-    raw_place = _raw_sharding(row, shape, place)
-
-    def convert(raw: jax.Array) -> jax.Array:
-        if "v" in row.ours:
-            size = shape[row.ours.index("v")]
-            more = size - raw.shape[0]
-            mean = jnp.mean(raw.astype(jnp.float32), axis=0, keepdims=True).astype(raw.dtype)
-            raw = jnp.concatenate([raw, jnp.broadcast_to(mean, (more, *raw.shape[1:]))]) if more else raw
-        return row.to_ours(raw, shape).astype(target.dtype)
-
+    dtype = np.dtype(target.dtype)
     if not row.layered:
-        return jax.jit(convert, out_shardings=place)(_raw(entries[0], raw_place))
-    stack = jax.jit(partial(jnp.zeros, target.shape, target.dtype), out_shardings=place)()
-
-    @partial(jax.jit, donate_argnums=0, out_shardings=place)
-    def write(stack: jax.Array, raw: jax.Array, layer: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, convert(raw), layer, 0)
-
+        return _converter(row.axes, target.shape, dtype, place)(_raw(entries[0], row, place))
+    stack = jax.jit(partial(jnp.zeros, target.shape, dtype), out_shardings=place)()
+    write = _writer(row.axes, target.shape[1:], dtype, place)
     for layer, entry in enumerate(entries):
         # Waiting keeps one tensor at a time in the host's memory.
-        stack = jax.block_until_ready(write(stack, _raw(entry, raw_place), jnp.asarray(layer)))
+        stack = jax.block_until_ready(write(stack, _raw(entry, row, place), jnp.asarray(layer)))
     return stack
 
 
-def _raw(entry: Entry, place: Any) -> jax.Array:
-    """A tensor on the devices as it lies on disk; each host reads what its own devices hold."""
-    array = entry.read()
-    return jax.make_array_from_callback(entry.shape, place(entry.shape), lambda index: np.asarray(array[index]))
+@lru_cache(maxsize=256)
+def _converter(axes: Axes, shape: Shape, dtype: np.dtype[Any], place: Sharding) -> Any:
+    """Compiled: their tensor on the devices -> ours of `shape`."""
+
+    def convert(raw: jax.Array) -> jax.Array:
+        more = axes.their_shape(shape)[0] - raw.shape[0]
+        if more:  # a short vocabulary: assign() let nothing else through
+            mean = jnp.mean(raw.astype(jnp.float32), axis=0, keepdims=True).astype(raw.dtype)
+            raw = jnp.concatenate([raw, jnp.broadcast_to(mean, (more, *raw.shape[1:]))])
+        return axes.to_ours(raw, shape).astype(dtype)
+
+    return jax.jit(convert, out_shardings=place)
 
 
-def _raw_sharding(row: Row, shape: tuple[int, ...], place: Sharding) -> Any:
-    """From shape to the sharding of their tensor that lies where ours will: no device gets bytes it will not keep."""
-    if not isinstance(place, NamedSharding):
-        return lambda their_shape: place
-    spec = tuple(place.spec) + (None,) * (len(shape) + int(row.layered) - len(place.spec))
-    of = dict(zip(row.ours, spec[int(row.layered) :], strict=True))
+@lru_cache(maxsize=256)
+def _writer(axes: Axes, shape: Shape, dtype: np.dtype[Any], place: Sharding) -> Any:
+    """Compiled: (stack, their tensor of a layer, layer) -> the stack, in place, with it."""
 
-    def sharding(their_shape: tuple[int, ...]) -> NamedSharding:
+    def write(stack: jax.Array, raw: jax.Array, layer: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, axes.to_ours(raw, shape).astype(dtype), layer, 0)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=place)
+
+
+def _raw(entry: Entry, row: Row, place: Sharding) -> jax.Array:
+    """A tensor on the devices as it lies on disk, on each device about the part that it will keep.
+
+    Each host reads what its own devices hold.
+    """
+    array, where = entry.read(), place
+    if isinstance(place, NamedSharding):
+        spec = (*place.spec, *(None,) * (len(row.axes.ours) + row.layered - len(place.spec)))[row.layered :]
+        of = dict(zip(row.axes.ours, spec, strict=True))
         entries = []
-        for group, size in zip(row.theirs, their_shape, strict=True):
-            entry = of[group[0]]  # the slowest axis of a merged one splits it into whole blocks
-            names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
-            ways = int(np.prod([place.mesh.shape[name] for name in names]))
-            entries.append(entry if size % ways == 0 else None)
-        return NamedSharding(place.mesh, PartitionSpec(*entries))
-
-    return sharding
+        for group, size in zip(row.axes.theirs, entry.shape, strict=True):
+            names = of[group[0]]  # the slowest axis of a merged one splits it into whole blocks
+            ways = math.prod(place.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+            entries.append(names if size % ways == 0 else None)
+        where = NamedSharding(place.mesh, PartitionSpec(*entries))
+    return jax.make_array_from_callback(entry.shape, where, lambda index: np.asarray(array[index]))
 
 
 @jax.jit
@@ -185,10 +189,10 @@ def _all_finite(x: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(x))
 
 
-def _without_tied_head(entries: Mapping[str, Entry], source: str) -> dict[str, Entry]:
+def without_tied_head(entries: Mapping[str, Entry], source: str) -> dict[str, Entry]:
     """Drops a head that is stored although it is tied; raises HFError if it is not the embedding."""
-    head, embed = entries[llama.HEAD], entries.get(llama.EMBED)
-    if embed is not None and (head.shape != embed.shape or not np.array_equal(head.read(), embed.read())):
+    head, embed = entries.get(llama.HEAD), entries.get(llama.EMBED)
+    if head and embed and (head.shape != embed.shape or not np.array_equal(head.read(), embed.read())):
         raise HFError(
             f"{source}: {llama.HEAD} differs from {llama.EMBED}, but config.json says tie_word_embeddings: true; "
             "if the model has a head of its own, set it to false"
@@ -196,7 +200,7 @@ def _without_tied_head(entries: Mapping[str, Entry], source: str) -> dict[str, E
     return {key: entry for key, entry in entries.items() if key != llama.HEAD}
 
 
-def _check_position_ids(source: Source) -> None:
+def check_position_ids(source: Source) -> None:
     """Old encoders store the positions 0, 1, 2, ...; raises HFError if these are others."""
     for key in (bert.POSITION_IDS, f"bert.{bert.POSITION_IDS}"):
         if key in source.entries:

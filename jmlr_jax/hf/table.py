@@ -23,29 +23,21 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One weight of ours and its tensors there."""
+class Axes:
+    """How the axes of their tensor become ours, e.g. ``(h e) d -> d h e``."""
 
-    path: str
-    key: str
-    axes: str
-
-    @property
-    def layered(self) -> bool:
-        """Whether there is one tensor a layer."""
-        return "{}" in self.key
+    text: str
 
     @cached_property
     def ours(self) -> tuple[str, ...]:
         """Letters of our axes, the layer's aside."""
-        return tuple(self.axes.partition("->")[2].split())
+        return tuple(self.text.partition("->")[2].split())
 
     @cached_property
     def theirs(self) -> tuple[tuple[str, ...], ...]:
         """Letters of each of their axes."""
-        return tuple(
-            tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\w+", self.axes.partition("->")[0])
-        )
+        groups = re.findall(r"\([^)]*\)|\w+", self.text.partition("->")[0])
+        return tuple(tuple(group.strip("()").split()) for group in groups)
 
     def their_shape(self, shape: Shape) -> Shape:
         """Shape of their tensor, from our shape without the layer axis."""
@@ -62,6 +54,30 @@ class Row:
         """Our weight, without the layer axis, as theirs; the inverse of :meth:`to_ours`."""
         flat = [letter for group in self.theirs for letter in group]
         return x.transpose([self.ours.index(letter) for letter in flat]).reshape(self.their_shape(x.shape))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight of ours and its tensors there."""
+
+    path: str
+    key: str
+    text: str
+
+    @property
+    def layered(self) -> bool:
+        """Whether there is one tensor a layer."""
+        return "{}" in self.key
+
+    @property
+    def axes(self) -> Axes:
+        """How the axes correspond."""
+        return Axes(self.text)
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether their first axis is the vocabulary."""
+        return self.axes.theirs[0] == ("v",)
 
 
 def leaves(tree: Any) -> dict[str, Any]:
@@ -106,7 +122,7 @@ def expected(rows: Sequence[Row], abstract: Mapping[str, jax.ShapeDtypeStruct]) 
             key = row.key.format(layer)
             if key in keys:
                 raise ValueError(f"key table: {key} stands for {keys[key][0]} and for {row.path}")
-            keys[key] = (row.path, layer, row.their_shape(shape[1:] if row.layered else shape))
+            keys[key] = (row.path, layer, row.axes.their_shape(shape[1:] if row.layered else shape))
     return keys
 
 

@@ -1,0 +1,169 @@
+"""``jmlr import`` and ``jmlr export``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from jmlr_jax.config import BertConfig, DType, LlamaConfig, RetrieverConfig
+from jmlr_jax.data.tokenizers import load_tokenizer
+from jmlr_jax.hf import bert, config, llama
+from jmlr_jax.hf.export import SHARD_BYTES, write_colbert_tensors
+from jmlr_jax.hf.io import (
+    Entry,
+    HFError,
+    Tensor,
+    read_directory,
+    read_json,
+    whole_directory,
+    write_directory,
+    write_json,
+)
+from jmlr_jax.hf.layouts import open_retriever
+from jmlr_jax.hf.load import check_position_ids, without_tied_head
+from jmlr_jax.hf.table import Row, assign, expected, gather, leaves
+from jmlr_jax.nn.functional import abstract_params
+
+
+def import_checkpoint(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    dtype: DType | None = None,
+    vocab_multiple: int = 1,
+    add_tokens: Sequence[str] = (),
+) -> None:
+    """Checks a published checkpoint against all that training needs, and writes it in the one form that is used here.
+
+    One tensor is in memory at a time. `dst` is a Hugging Face directory again: a decoder of its own class, a retriever
+    with a projection as HF_ColBERT, one without as BertModel; ``generator.source`` or ``retriever.source`` of a
+    configuration. Pre-training heads, poolers and derived tensors are left out.
+
+    Args:
+        src: a Hugging Face directory with safetensors and a fast tokenizer.
+        dst: a new directory.
+        dtype: of the stored weights; None keeps the checkpoint's (the widest of several).
+        vocab_multiple: rows are added to the vocabulary up to a multiple of this, so that a mesh divides it.
+        add_tokens: special tokens added to the tokenizer, e.g. markers. Their rows are the mean of the others, as are
+            the rows that only fill up.
+
+    Raises:
+        HFError: names every field, tensor or file that does not fit, and every tensor that is not finite in `dtype`.
+        TokenizerError: no fast tokenizer.
+    """
+    raw = read_json(epath.Path(src) / "config.json")
+    model = _decoder(src, raw) if (raw.get("architectures") or [""])[0] in config.DECODERS else _encoder(src)
+    tokenizer = load_tokenizer(os.fspath(src))
+    known = set(tokenizer.get_vocab())
+    if doubled := [token for token in add_tokens if token in known]:
+        raise HFError(f"{os.fspath(src)}: the tokenizer has {', '.join(doubled)} already")
+    first_new = len(tokenizer)
+    tokenizer.add_tokens(list(add_tokens), special_tokens=True)
+    least = max(model.shape.vocab_size, len(tokenizer))
+    rows = -(-least // vocab_multiple) * vocab_multiple
+    fresh = np.zeros(rows, bool)
+    fresh[model.shape.vocab_size :] = True
+    fresh[first_new : len(tokenizer)] = True
+
+    stored = dtype or model.widest()
+    broken: list[str] = []
+    tensors = [
+        Tensor(
+            key,
+            np.dtype(stored),
+            (rows, *shape[1:]) if grows else shape,
+            partial(_read, key, entry, stored, grown, broken),
+        )
+        for key, shape, entry, grows in model.tensors()
+        for grown in (fresh if grows else None,)
+    ]
+    shape = model.shape.model_copy(update={"vocab_size": rows, "param_dtype": stored})
+    with whole_directory(dst) as folder:
+        if isinstance(shape, LlamaConfig):
+            write_json(folder / "config.json", config.llama_to_hf(shape, raw))
+            write_directory(folder, tensors, SHARD_BYTES)
+            copied = epath.Path(src) / "generation_config.json"
+            if copied.exists():
+                write_json(folder / copied.name, read_json(copied))
+        elif model.conventions is not None:
+            retriever = RetrieverConfig(bert=shape, **model.conventions)
+            write_colbert_tensors(folder, retriever, tensors, raw)
+        else:
+            write_json(folder / "config.json", config.bert_to_hf(shape, "BertModel", raw))
+            write_directory(folder, tensors, SHARD_BYTES)
+        if broken:
+            raise HFError(f"{os.fspath(src)}: not all values are finite as {stored} in {', '.join(gather(broken))}")
+        tokenizer.save_pretrained(os.fspath(folder))
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checked checkpoint: its shape, its table, the entries of each weight."""
+
+    shape: LlamaConfig | BertConfig
+    rows: Sequence[Row]
+    assigned: Mapping[str, list[Entry]]
+    wanted: Mapping[str, Any]
+    conventions: Mapping[str, Any] | None = field(default=None)
+
+    def widest(self) -> DType:
+        """The narrowest dtype that holds every tensor exactly."""
+        found = {entry.dtype for entries in self.assigned.values() for entry in entries}
+        names: dict[str, DType] = {"BF16": "bfloat16", "F16": "float16"}
+        return names.get(next(iter(found)), "float32") if len(found) == 1 else "float32"
+
+    def tensors(self) -> list[tuple[str, tuple[int, ...], Entry, bool]]:
+        """(key, shape, where it is, whether its first axis is the vocabulary), in the order of the table."""
+        vocabulary = {row.path for row in self.rows if row.has_vocabulary}
+        return [
+            (key, shape, self.assigned[path][layer], path in vocabulary)
+            for key, (path, layer, shape) in expected(self.rows, self.wanted).items()
+        ]
+
+
+def _decoder(src: str | os.PathLike[str], raw: Mapping[str, Any]) -> _Checkpoint:
+    where = os.fspath(src)
+    shape = config.llama_from_hf(raw, f"{where}/config.json")
+    entries = read_directory(src)
+    if shape.tie_embeddings:
+        entries = without_tied_head(entries, where)
+    rows, wanted = llama.llama_rows(shape), leaves(abstract_params(shape))
+    return _Checkpoint(shape, rows, assign(rows, wanted, entries, llama.canonical, where), wanted)
+
+
+def _encoder(src: str | os.PathLike[str]) -> _Checkpoint:
+    where = os.fspath(src)
+    opened = open_retriever(src)
+    shape = config.bert_from_hf(opened.config, f"{where}/config.json")
+    check_position_ids(opened)
+    wanted = leaves(abstract_params(RetrieverConfig(bert=shape, dim=opened.dim or 1)))
+    rows = bert.colbert_rows(shape)
+    conventions: dict[str, Any] | None = {"dim": opened.dim, **opened.conventions, **opened.lengths}
+    if opened.dim is None:
+        rows, conventions = rows[:-1], None
+        wanted.pop("projection")
+    assigned = assign(rows, wanted, opened.entries, bert.canonical, where)
+    return _Checkpoint(shape, rows, assigned, wanted, conventions)
+
+
+def _read(key: str, entry: Entry, dtype: DType, fresh: np.ndarray | None, broken: list[str]) -> np.ndarray:
+    """A tensor in `dtype`, rows of the vocabulary added; notes its key in `broken` if it is not finite."""
+    array = entry.read()
+    if fresh is not None and fresh.any():
+        old = array[: len(fresh)][~fresh[: len(array)]]
+        grown = np.empty((len(fresh), *array.shape[1:]), array.dtype)
+        grown[~fresh] = old
+        grown[fresh] = np.mean(old, axis=0, dtype=np.float32).astype(array.dtype)
+        array = grown
+    with np.errstate(over="ignore"):
+        array = np.asarray(array).astype(jnp.dtype(dtype), copy=False)
+    if not np.isfinite(array).all():
+        broken.append(key)
+    return array
