@@ -69,7 +69,7 @@ def write_generator(
     write_json(folder / "config.json", config.llama_to_hf(cfg, like))
     generation = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
     write_json(folder / "generation_config.json", generation | {"do_sample": False, "max_new_tokens": max_new})
-    write_directory(folder, _tensors(llama.llama_rows(cfg), params, lora), shard_bytes)
+    write_directory(folder, tensors_of(llama.llama_rows(cfg), params, lora), shard_bytes)
     copy_tokenizer(tokenizer, folder)
 
 
@@ -89,7 +89,7 @@ def write_adapters(
     rows = [row for row in llama.llama_rows(cfg) if row.path.removeprefix("layers.") in lora.cfg.targets]
     modules = [row.key.removesuffix(".weight").rsplit(".", 1)[-1] for row in rows]
     tensors = []
-    for tensor in _tensors([half for row in rows for half in _halves(row)], lora.tree, None):
+    for tensor in tensors_of([half for row in rows for half in _halves(row)], lora.tree):
         if "lm_head" in tensor.name and tensor.name.endswith("lora_B.weight"):
             shape = (base_vocab, *tensor.shape[1:])
             tensor = replace(tensor, shape=shape, read=partial(_first_rows, tensor, base_vocab))
@@ -131,7 +131,7 @@ def write_colbert(
     Raises:
         HFError: queries without augmentation, which colbert-ai does not compute.
     """
-    write_colbert_tensors(folder, cfg, _tensors(bert.colbert_rows(cfg.bert), params, None), like)
+    write_colbert_tensors(folder, cfg, tensors_of(bert.colbert_rows(cfg.bert), params), like)
     copy_tokenizer(tokenizer, folder)
 
 
@@ -173,7 +173,7 @@ def write_pylate(
     Arguments as in :func:`write_colbert`.
     """
     write_json(folder / "config.json", config.bert_to_hf(cfg.bert, "BertModel", like))
-    *trunk, projection = _tensors(bert.colbert_rows(cfg.bert), params, None)
+    *trunk, projection = tensors_of(bert.colbert_rows(cfg.bert), params)
     write_directory(folder, trunk, SHARD_BYTES)
     dense = folder / "1_Dense"
     dense.mkdir()
@@ -208,8 +208,14 @@ def copy_tokenizer(source: str | os.PathLike[str], folder: epath.Path) -> None:
                 shutil.copyfileobj(read, write)
 
 
-def _tensors(rows: Sequence[Row], params: Params, lora: Lora | None) -> list[Tensor]:
-    """The tensors of a model in the order of its table, each fetched when it is written."""
+def tensors_of(rows: Sequence[Row], params: Params, lora: Lora | None = None) -> list[Tensor]:
+    """The tensors of a model, in the order of its table, each fetched from the devices when it is written.
+
+    Args:
+        rows: the table.
+        params: the tree it describes, or one of the same shapes (gradients).
+        lora: adapters to merge.
+    """
     held = leaves(params)
     tensors = []
     for row in rows:

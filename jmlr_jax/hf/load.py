@@ -134,12 +134,20 @@ def _place(row: Row, entries: Sequence[Entry], target: jax.ShapeDtypeStruct, pla
     dtype = np.dtype(target.dtype)
     if not row.layered:
         return _converter(row.axes, target.shape, dtype, place)(_raw(entries[0], row, place))
-    stack = jax.jit(partial(jnp.zeros, target.shape, dtype), out_shardings=place)()
-    write = _writer(row.axes, target.shape[1:], dtype, place)
+    stack, write = _zeros(target.shape, dtype, place)(), _writer(row.axes, target.shape[1:], dtype, place)
     for layer, entry in enumerate(entries):
         # Waiting keeps one tensor at a time in the host's memory.
         stack = jax.block_until_ready(write(stack, _raw(entry, row, place), jnp.asarray(layer)))
     return stack
+
+
+# Compiled functions are kept: many weights, and models loaded one after the other, share shapes.
+
+
+@lru_cache(maxsize=256)
+def _zeros(shape: Shape, dtype: np.dtype[Any], place: Sharding) -> Any:
+    """Compiled: () -> zeros."""
+    return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=place)
 
 
 @lru_cache(maxsize=256)

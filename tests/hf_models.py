@@ -1,0 +1,76 @@
+"""Tiny random models of every family that is exchanged, saved as transformers saves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCAB = 61
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+
+
+def rope(kind: str, **more: float) -> dict[str, Any]:
+    """Fields of a scaled rotary embedding."""
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
+
+
+LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (transformers.LlamaConfig, {}),
+    "llama, tied, own head width": (transformers.LlamaConfig, {"tie_word_embeddings": True, "head_dim": 16}),
+    "llama, linear": (transformers.LlamaConfig, rope("linear", factor=4.0)),
+    "llama, dynamic": (transformers.LlamaConfig, rope("dynamic", factor=2.0) | {"max_position_embeddings": 16}),
+    "llama, llama3": (transformers.LlamaConfig, LLAMA3),
+    "llama, yarn": (transformers.LlamaConfig, rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 5, "num_key_value_heads": 1}),
+    "mistral, no window": (transformers.MistralConfig, {"sliding_window": None}),
+    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen2, window, yarn": (
+        transformers.Qwen2Config,
+        rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, attention_factor=1.2)
+        | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0},
+    ),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 16}),
+}
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Every weight random: norms start at 1 and biases at 0, which would hide a mistake in them."""
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.3)
+
+
+def decoder(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """Saves a decoder of a family in `dtype`; returns transformers' reading of it, in float32."""
+    make, own = FAMILIES[name]
+    shard = changes.pop("max_shard_size", "5GB")
+    torch.manual_seed(0)
+    described = make(**(SHAPE | own | changes))
+    model = transformers.AutoModelForCausalLM.from_config(described)
+    randomise(model)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    kind = transformers.AutoModelForCausalLM
+    return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def encoder(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """Saves a small BertModel; returns transformers' reading of it, in float32."""
+    shape = {name: SHAPE[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    torch.manual_seed(0)
+    described = transformers.BertConfig(**(shape | {"num_attention_heads": 4, "max_position_embeddings": 40} | changes))
+    model = transformers.BertModel(described)
+    randomise(model)
+    model.to(dtype).save_pretrained(folder)
+    return transformers.BertModel.from_pretrained(folder, dtype=torch.float32).eval()
