@@ -81,11 +81,10 @@ def llama_from_hf(raw: Mapping[str, Any], where: str) -> LlamaConfig:
     named = raw.get("architectures") or ["none"]
     if len(named) != 1 or named[0] not in DECODERS:
         raise HFError(f"{where}: architectures is {', '.join(named)}; read here are {', '.join(DECODERS)}")
+    family = DECODERS[named[0]].model_type
+    _stop(_refused(raw, family, _FIXED) + _refused_rope(raw), where)
     hf = _normalised(raw, DECODERS[named[0]], where)
-    family = hf.model_type
-    faults = _refused(raw, family, _FIXED)
-    scaling, more = _rope_from_hf(hf)
-    faults += more
+    scaling, faults = _rope_from_hf(hf)
     window = getattr(hf, "sliding_window", None) if family != "llama" else None
     if family in ("qwen2", "qwen3"):
         kinds = set(hf.layer_types)
@@ -131,10 +130,10 @@ def bert_from_hf(raw: Mapping[str, Any], where: str) -> BertConfig:
             f"{where}: model_type is {raw.get('model_type')}, architectures is {', '.join(named)}; "
             f"a retriever's trunk is of model_type bert and one of {', '.join(ENCODERS)}"
         )
-    hf = _normalised(raw, transformers.BertConfig, where)
     fixed = {key: value for key, value in _FIXED.items() if key != "hidden_act"}
     fixed["tie_word_embeddings"] = raw.get("tie_word_embeddings")  # it concerns the pre-training head alone
     faults = _refused(raw, "bert", fixed)
+    hf = _normalised(raw, transformers.BertConfig, where)
     acts = get_args(BertConfig.model_fields["hidden_act"].annotation)
     if hf.hidden_act not in acts:
         faults.append(f"hidden_act is {hf.hidden_act!r}; known are {', '.join(acts)}")
@@ -294,13 +293,20 @@ def _refused(raw: Mapping[str, Any], family: str, fixed: Mapping[str, Any]) -> l
     return faults
 
 
+def _refused_rope(raw: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a rotary scaling before its defaults are known."""
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in _ROPE_KEYS:
+        return [f"rope_scaling of type {kind!r}; computed here are {', '.join(_ROPE_KEYS)}"]
+    return [f"rope_scaling.{name} is missing" for name in _ROPE_KEYS[kind] if given.get(name) is None]
+
+
 def _rope_from_hf(hf: Any) -> tuple[RopeScalingConfig | None, list[str]]:
-    """Rotary scaling and what is wrong with it."""
+    """Rotary scaling of a known type, and what is wrong with it."""
     given = {name: value for name, value in hf.rope_parameters.items() if value is not None and name != "type"}
     kind, _ = given.pop("rope_type", "default"), given.pop("rope_theta")
     given.pop("finetuned", None)  # a note in some YaRN checkpoints
-    if kind not in _ROPE_KEYS:
-        return None, [f"rope_scaling of type {kind!r}; computed here are {', '.join(_ROPE_KEYS)}"]
     trained = given.pop("original_max_position_embeddings", hf.max_position_embeddings)
     faults = []
     if kind in ("default", "linear", "dynamic") and trained != hf.max_position_embeddings:
@@ -308,9 +314,8 @@ def _rope_from_hf(hf: Any) -> tuple[RopeScalingConfig | None, list[str]]:
     for name, value in (("partial_rotary_factor", 1.0), ("truncate", True)):
         if given.pop(name, value) != value:
             faults.append(f"rope_scaling.{name} is not {value}")
-    required, optional = _ROPE_KEYS[kind], _ROPE_OPTIONAL.get(kind, ())
-    faults += [f"rope_scaling.{name} is missing" for name in required if name not in given]
-    faults += [f"rope_scaling.{name} is not computed here" for name in given if name not in (*required, *optional)]
+    known = (*_ROPE_KEYS[kind], *_ROPE_OPTIONAL.get(kind, ()))
+    faults += [f"rope_scaling.{name} is not computed here" for name in given if name not in known]
     if kind == "default" or faults:
         return None, faults
     return RopeScalingConfig(type=kind, original_max_positions=None if kind == "linear" else trained, **given), []
