@@ -156,6 +156,13 @@ def test_a_missing_shard_and_a_path_out_of_the_directory(tmp_path: Path) -> None
         read_directory(tmp_path)
 
 
+def test_one_file_and_an_index(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    write_file(tmp_path / io.SINGLE, tensors(values()))
+    with pytest.raises(HFError, match="holds both"):
+        read_directory(tmp_path)
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
     """Changes the tensors of a saved model."""
     held = load_file(folder / "model.safetensors")

