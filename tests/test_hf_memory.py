@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,8 @@ def test_host_memory_stays_near_one_tensor(tmp_path: Path) -> None:
     What is there on top is mostly compiled code; a copy of the model on the way would be all of it.
     """
     command = [sys.executable, "benchmarks/import_7b.py", str(tmp_path), "--scale", "8"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = {name: float(value) for name, value in re.findall(r"^(\w+) +(-?[\d.]+)$", done.stdout, re.MULTILINE)}
     assert found["weights_gb"] == 0.21
