@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn, get_args
 
 from jmlr_jax import config_io
-from jmlr_jax.config import ArmName, Config
+from jmlr_jax.config import ArmName, Config, DType
 from jmlr_jax.errors import JmlrError
 
 ARMS = get_args(ArmName)
@@ -36,6 +36,8 @@ class _Command(NamedTuple):
     act: Callable[[Config, argparse.Namespace], None]
     help: str
     example: str
+    places: tuple[str, ...] = ()  # directories named without an option
+    configured: bool = True  # whether it takes --config, --run-dir and key=value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,8 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for word in rest:
         if word.startswith("-"):
             parser.error(f"unknown option {word} for `jmlr {args.command}` (see jmlr {args.command} --help)")
+    command = COMMANDS[args.command]
+    if rest and not command.configured:
+        parser.error(f"unexpected argument {rest[0]} for `jmlr {args.command}` (see jmlr {args.command} --help)")
     try:
-        COMMANDS[args.command].act(_configuration(args, rest), args)
+        command.act(_configuration(args, rest) if command.configured else Config(), args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has left: jmlr print-config | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -130,6 +135,22 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     print(config.run_dir)
 
 
+def _import(config: Config, args: argparse.Namespace) -> None:
+    from jmlr_jax.hf.convert import import_checkpoint
+
+    import_checkpoint(
+        args.src, args.dst, dtype=args.dtype, vocab_multiple=args.vocab_multiple, add_tokens=args.add_token
+    )
+    print(args.dst)
+
+
+def _export(config: Config, args: argparse.Namespace) -> None:
+    from jmlr_jax.publish import export_run
+
+    export_run(config, args.dst, arm=args.arm)
+    print(args.dst)
+
+
 def _print_config(config: Config, args: argparse.Namespace) -> None:
     if not args.fields:
         print(config_io.to_yaml(config), end="")
@@ -149,6 +170,19 @@ COMMANDS = {
     "eval": _Command(_eval, "evaluate trained arms", "jmlr eval --run-dir runs/a eval.split=dev"),
     "report": _Command(_report, "write tables and figures of a run", "jmlr report --run-dir runs/a"),
     "run": _Command(_run, "all of the above, for one seed or several", "jmlr run --seeds 3 --run-dir runs/a"),
+    "import": _Command(
+        _import,
+        "check a published checkpoint and write it for training",
+        "jmlr import downloads/colbertv2.0 models/colbertv2.0",
+        places=("SRC", "DST"),
+        configured=False,
+    ),
+    "export": _Command(
+        _export,
+        "write a trained pair for other tools, with a model card",
+        "jmlr export runs/a exported/a",
+        places=("RUN", "DST"),
+    ),
     "print-config": _Command(
         _print_config, "show the configuration that a command would use", "jmlr print-config --config smoke"
     ),
@@ -175,16 +209,20 @@ def _parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
             name,
-            usage=f"jmlr {name} [options] [key=value ...]",
+            usage=" ".join(["jmlr", name, *command.places, "[options]", *["[key=value ...]"] * command.configured]),
             help=command.help,
-            description=command.help.capitalize() + ".",
+            description=f"{command.help[0].upper()}{command.help[1:]}.",
             epilog=f"example: {command.example}",
             formatter_class=_formatter,
             allow_abbrev=False,
         )
         shipped = ", ".join(config_io.presets()) or "none found"
-        sub.add_argument("--config", metavar="FILE", help=f"YAML file, or the name of a preset ({shipped})")
-        sub.add_argument("--run-dir", metavar="DIR", help="where the run lives; short for run_dir=DIR")
+        if command.configured:
+            sub.add_argument("--config", metavar="FILE", help=f"YAML file, or the name of a preset ({shipped})")
+        for place in command.places:
+            sub.add_argument("run_dir" if place == "RUN" else place.lower(), metavar=place)
+        if command.configured and "RUN" not in command.places:
+            sub.add_argument("--run-dir", metavar="DIR", help="where the run lives; short for run_dir=DIR")
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if name == "train":
             sub.add_argument("--arm", choices=(*ARMS, "all"), default="jmlr", help="default: jmlr; all: eval.arms")
@@ -192,6 +230,16 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--arm", choices=(*ARMS, "all"), default="all", help="default: all (eval.arms)")
         elif name == "run":
             sub.add_argument("--seeds", type=_positive, default=1, metavar="N", help="runs seeds 0 to N-1; default: 1")
+        elif name == "export":
+            sub.add_argument("--arm", choices=ARMS, default="jmlr", help="whose weights; default: jmlr")
+        elif name == "import":
+            sub.add_argument(
+                "--dtype", choices=get_args(DType), help="of the written weights; default: the checkpoint's"
+            )
+            sub.add_argument("--vocab-multiple", type=_positive, default=1, metavar="N", help="pad the vocabulary")
+            sub.add_argument(
+                "--add-token", action="append", default=[], metavar="TOKEN", help="may be given repeatedly"
+            )
         elif name == "print-config":
             sub.add_argument("--fields", action="store_true", help="every key with its default and description")
     return parser

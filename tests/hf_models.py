@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 
+torch.set_num_threads(1)  # the models are so small that threads only wait for one another
 VOCAB = 61
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,

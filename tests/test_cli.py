@@ -31,6 +31,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         "jmlr_jax.pipeline": ("index", "train", "evaluate", "run_all"),
         "jmlr_jax.report": ("report",),
         "jmlr_jax.data.prepare": ("prepare",),
+        "jmlr_jax.hf.convert": ("import_checkpoint",),
+        "jmlr_jax.publish": ("export_run",),
     }
     for module_name, names in functions.items():
         module = types.ModuleType(module_name)

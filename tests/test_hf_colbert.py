@@ -27,7 +27,7 @@ from hf_colbert import BERT, CONFIGS, PASSAGES, QUERIES, export
 from jmlr_jax.config import BertConfig, RetrieverConfig
 from jmlr_jax.data.tokenise import tokenise
 from jmlr_jax.data.tokenizers import encoder, load_tokenizer, punctuation_table, retriever_ids
-from jmlr_jax.hf.commands import import_checkpoint
+from jmlr_jax.hf.convert import import_checkpoint
 from jmlr_jax.hf.export import write_colbert
 from jmlr_jax.hf.io import HFError, read_directory
 from jmlr_jax.hf.load import load_retriever

@@ -18,7 +18,7 @@ from etils import epath
 from jmlr_jax.config import LlamaConfig, LoraConfig, MeshConfig
 from jmlr_jax.data.tokenizers import generator_ids, load_tokenizer, train_generator_tokenizer
 from jmlr_jax.generate import generate
-from jmlr_jax.hf.commands import import_checkpoint
+from jmlr_jax.hf.convert import import_checkpoint
 from jmlr_jax.hf.export import Lora, write_adapters, write_generator
 from jmlr_jax.hf.io import HFError, read_directory
 from jmlr_jax.hf.load import load_generator

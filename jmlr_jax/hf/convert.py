@@ -1,4 +1,4 @@
-"""``jmlr import`` and ``jmlr export``."""
+"""``jmlr import``: a published checkpoint, checked and in the one form that is used here."""
 
 from __future__ import annotations
 
