@@ -152,13 +152,11 @@ class WorldConfig(Strict):
     test_fraction: float = Field(
         0.2, gt=0, lt=1, description="share of conditions held out (a quarter of them for dev)"
     )
-    values: PositiveInt = Field(100, ge=8, description="length of each relation's closed list of answers")
+    values: PositiveInt = Field(150, ge=8, description="length of each relation's closed list of answers")
     hint_share: float = Field(
-        0.5, ge=0, le=1, description="chance that a passage also has the lay word of a part, for each part"
+        0.6, ge=0, le=1, description="chance that a passage also has the lay word of a part, for each part"
     )
-    trap_share: float = Field(
-        0.2, ge=0, le=1, description="conditions with a passage in lay words that answers nothing"
-    )
+    trap_share: float = Field(0.2, ge=0, le=1, description="facts with a passage in lay words that does not state them")
 
 
 class DataConfig(Strict):
@@ -210,36 +208,55 @@ class WarmupConfig(Strict):
 
     One passage is read at a time, the rank loss is off. With probability `distant_share` it is one that BM25 finds for
     question and right answer together (distant supervision: the answer is a training label, the gold passage is not
-    used); else one from the mixture of the untrained retriever's, BM25's and random passages, which teaches the reader
-    not to trust what it reads. 0 steps for a pre-trained generator.
+    used); else one of the training candidates, which teaches the reader not to trust whatever it reads. With
+    `rename` the words that occur in answers are exchanged at random in each example, alike in passage, options and
+    answer: no fact can be memorised and reading is the only way to a lower loss. 0 steps for a pre-trained generator.
     """
 
-    steps: int = Field(400, ge=0)
-    distant_share: float = Field(0.8, ge=0, le=1)
+    steps: int = Field(1000, ge=0)
+    distant_share: float = Field(0.6, ge=0, le=1)
     distant_depth: PositiveInt = Field(3, description="how many of the distant passages are in play")
+    rename: bool = Field(True, description="exchange answer tokens at random in each example")
+    learning_rate: float = Field(3e-3, gt=0)
+
+
+class MixConfig(Strict):
+    """Where the K training candidates come from; the three add up to train.candidates.
+
+    The paper takes all K from the retriever. Passages that the retriever does not find keep it honest about the rest
+    of the corpus, and lexical ones keep the right passage in reach of a retriever that starts from nothing.
+    """
+
+    index: PositiveInt = 6
+    bm25: int = Field(5, ge=0)
+    random: int = Field(5, ge=0)
 
 
 class TrainConfig(Strict):
     """The joint step and the loop around it (METHOD 'One training step')."""
 
-    steps: PositiveInt = 400
+    steps: PositiveInt = 300
     batch_size: PositiveInt = Field(32, description="B: questions a step, over all devices")
     accumulate: PositiveInt = Field(1, description="microbatches a step; must divide batch_size")
     candidates: PositiveInt = Field(16, description="K (30 in the paper)")
-    sampled: PositiveInt = Field(6, description="M (10 in the paper)")
+    mix: MixConfig = MixConfig()
+    sampled: PositiveInt = Field(8, description="M (10 in the paper)")
     read_passages: PositiveInt = Field(3, description="N (7 in the paper)")
     rank_loss: Literal["llm_rank", "kl", "emdr2"] = "llm_rank"
     rank_weight: float = Field(1.0, ge=0)
-    refresh_steps: int = Field(
-        100, ge=0, description="R: steps between refreshes of the candidate table; 0: never, as in the paper"
+    tie_margin: float = Field(
+        0.8, ge=0, description="nats per token; judgements closer than this are ties and carry no weight (paper: 0)"
     )
-    refresh_delay: PositiveInt = Field(10, description="steps from the start of a refresh to its adoption")
+    refresh_steps: int = Field(
+        50, ge=0, description="R: steps between refreshes of the candidate table; 0: never, as in the paper"
+    )
+    refresh_delay: PositiveInt = Field(5, description="steps from the start of a refresh to its adoption")
     warmup: WarmupConfig = WarmupConfig()
-    retriever: OptimizerConfig = OptimizerConfig(learning_rate=2e-3)
-    generator: OptimizerConfig = OptimizerConfig(learning_rate=2e-3)
+    retriever: OptimizerConfig = OptimizerConfig(learning_rate=1e-3)
+    generator: OptimizerConfig = OptimizerConfig(learning_rate=3e-4)
     checkpoint_steps: PositiveInt = 100
     keep_last: PositiveInt = 2
-    eval_steps: int = Field(0, ge=0, description="dev evaluation for keep-best every so many steps; 0: at the end only")
+    dev_questions: int = Field(128, ge=0, description="dev questions read at each checkpoint to find the best; 0: none")
     max_skipped_in_row: PositiveInt = Field(10, description="non-finite updates in a row that stop the run")
     log_steps: PositiveInt = 10
 
@@ -250,6 +267,9 @@ class TrainConfig(Strict):
         for name in ("sampled", "read_passages"):
             if getattr(self, name) > self.candidates:
                 raise ValueError(f"{name}={getattr(self, name)} exceeds candidates={self.candidates}")
+        mixed = self.mix.index + self.mix.bm25 + self.mix.random
+        if mixed != self.candidates:
+            raise ValueError(f"mix.index + mix.bm25 + mix.random = {mixed}: not candidates={self.candidates}")
         if self.refresh_steps and self.refresh_delay >= self.refresh_steps:
             raise ValueError(f"refresh_delay={self.refresh_delay} must be below refresh_steps={self.refresh_steps}")
         return self
@@ -259,6 +279,7 @@ class EvalConfig(Strict):
     """Evaluation of every arm."""
 
     split: Literal["dev", "test"] = "test"
+    checkpoint: Literal["last", "best"] = Field("last", description="best: lowest dev loss (train.dev_questions)")
     arms: tuple[ArmName, ...] = ("jmlr", "frozen", "separate", "bm25", "random", "closed_book")
     batch_size: PositiveInt = 64
     max_questions: int = Field(0, ge=0, description="0: all")
@@ -293,7 +314,7 @@ class Config(Strict):
         shortest = 1 + g.passage_length + g.question_length + g.answer_length
         if g.max_length < shortest:
             raise ValueError(
-                f"generator.max_length={g.max_length} cannot hold BOS, a passage, question and answer ({shortest} tokens)"
+                f"generator.max_length={g.max_length} cannot hold a passage, the question and its answer ({shortest})"
             )
         if g.max_length > g.llama.max_positions:
             raise ValueError(

@@ -8,6 +8,7 @@ no gradient ever reaches the generator through a rank loss. Everything is comput
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -56,16 +57,19 @@ def answer_token_logp(logits_AxV: Array, answer_A: Array) -> Array:
     return chosen_A - jnp.log(jnp.sum(jnp.exp(logits_AxV), axis=-1))
 
 
-def llm_rank_loss(score_BxM: Array, nll_BxM: Array, taken_BxM: Array) -> Array:
+def llm_rank_loss(score_BxM: Array, nll_BxM: Array, taken_BxM: Array, margin: float = 0.0) -> Array:
     """LLM-Rank, the paper's loss (METHOD step 5): pairwise logistic loss against the generator's order.
 
     For each pair i < j of taken passages the logit is ``s_i - s_j`` and the label says whether passage i has
-    the lower nll. Pairs with equal nll carry no weight; the mean is over the pairs that count.
+    the lower nll. Pairs with equal nll carry no weight; the mean is over the pairs that count. Every pair that counts
+    weighs the same, however small its difference, so where most passages are equally useless the noise among them
+    outvotes the few pairs that matter: with a margin, differences up to it are ties as well.
 
     Args:
       score_BxM: normalised scores in [-1, 1]; the only argument with a gradient.
       nll_BxM: answer loss of each passage alone, nats per token.
       taken_BxM: bool, False for slots that hold no passage; their score and nll may be anything.
+      margin: nats per token; 0 is the paper's loss.
 
     Returns:
       ``loss_B`` float32; 0 for a question in which no pair counts.
@@ -78,7 +82,7 @@ def llm_rank_loss(score_BxM: Array, nll_BxM: Array, taken_BxM: Array) -> Array:
     """
     score_BxM, nll_BxM = _clean(score_BxM, nll_BxM, taken_BxM)
     logit_BxMxM = score_BxM[:, :, None] - score_BxM[:, None, :]
-    better_BxMxM, counts_BxMxM = _pairs(nll_BxM, taken_BxM)
+    better_BxMxM, counts_BxMxM = _pairs(nll_BxM, taken_BxM, margin)
     # Cross-entropy with logit x is softplus(-x) for label 1 and softplus(x) for label 0: stable for any x.
     loss_BxMxM = jax.nn.softplus(jnp.where(better_BxMxM, -logit_BxMxM, logit_BxMxM))
     return _masked_mean(loss_BxMxM, counts_BxMxM, axis=(1, 2))
@@ -118,7 +122,12 @@ def emdr2_loss(score_BxM: Array, nll_BxM: Array, taken_BxM: Array) -> Array:
 RANK_LOSSES: dict[str, RankLoss] = {"llm_rank": llm_rank_loss, "kl": kl_loss, "emdr2": emdr2_loss}
 
 
-def pair_accuracy(score_BxM: Array, nll_BxM: Array, taken_BxM: Array) -> Array:
+def rank_loss(name: str, margin: float) -> RankLoss:
+    """The rank loss of that name; the margin belongs to ``llm_rank``, the other two weigh differences by their size."""
+    return partial(llm_rank_loss, margin=margin) if name == "llm_rank" else RANK_LOSSES[name]
+
+
+def pair_accuracy(score_BxM: Array, nll_BxM: Array, taken_BxM: Array, margin: float = 0.0) -> Array:
     """Share of the batch's untied pairs that the scores order as the generator does; equal scores count one half.
 
     Arguments as in :func:`llm_rank_loss`. Returns a float32 scalar in [0, 1], 0 when no pair counts.
@@ -131,7 +140,7 @@ def pair_accuracy(score_BxM: Array, nll_BxM: Array, taken_BxM: Array) -> Array:
     """
     score_BxM, nll_BxM = _clean(score_BxM, nll_BxM, taken_BxM)
     sign_BxMxM = jnp.sign(score_BxM[:, :, None] - score_BxM[:, None, :])
-    better_BxMxM, counts_BxMxM = _pairs(nll_BxM, taken_BxM)
+    better_BxMxM, counts_BxMxM = _pairs(nll_BxM, taken_BxM, margin)
     right_BxMxM = 0.5 + 0.5 * jnp.where(better_BxMxM, sign_BxMxM, -sign_BxMxM)
     return _masked_mean(right_BxMxM, counts_BxMxM, axis=(0, 1, 2))
 
@@ -155,11 +164,11 @@ def _clean(score_BxM: Array, nll_BxM: Array, taken_BxM: Array) -> tuple[Array, A
     return score_BxM, nll_BxM
 
 
-def _pairs(nll_BxM: Array, taken_BxM: Array) -> tuple[Array, Array]:
-    """(i better than j, pair (i, j) counts), both bool ``[B, M, M]``: i < j, both taken, nll not equal."""
+def _pairs(nll_BxM: Array, taken_BxM: Array, margin: float) -> tuple[Array, Array]:
+    """(i better than j, the pair counts), both bool ``[B, M, M]``: i < j, both taken, nll more than margin apart."""
     upper_MxM = jnp.triu(jnp.ones((nll_BxM.shape[1],) * 2, bool), k=1)
     both_BxMxM = taken_BxM[:, :, None] & taken_BxM[:, None, :]
-    untied_BxMxM = nll_BxM[:, :, None] != nll_BxM[:, None, :]
+    untied_BxMxM = jnp.abs(nll_BxM[:, :, None] - nll_BxM[:, None, :]) > margin
     return nll_BxM[:, :, None] < nll_BxM[:, None, :], upper_MxM & both_BxMxM & untied_BxMxM
 
 

@@ -82,15 +82,20 @@ def trainable_counts(params: Any) -> dict[str, int]:
     return counts
 
 
-def state_shardings(
-    optimizer: optax.GradientTransformation, params: Any, param_shardings: Any, replicated: Any
-) -> tuple[Any, Any]:
-    """Abstract optimizer state and its shardings: moments lie where their parameter lies, counters everywhere.
+def state_shardings(optimizer: optax.GradientTransformation, params: Any, param_shardings: Any, replicated: Any) -> Any:
+    """Shardings of the optimizer state: moments lie where their parameter lies, counters everywhere.
 
     Without pinning these a step compiles a second time, when its own output comes back with another layout.
     """
-    abstract = jax.eval_shape(optimizer.init, params)
-    placed = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, sharding: sharding, abstract, param_shardings, transform_non_params=lambda _: replicated
-    )
-    return abstract, placed
+    placed = {_names(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(param_shardings)}
+
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
+        names = _names(path)  # of a moment: where it stands in the optimizer's state, then its parameter's path
+        ends = (names[start:] for start in range(len(names)))
+        return next((placed[end] for end in ends if leaf.ndim and end in placed), replicated)
+
+    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(optimizer.init, params))
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))

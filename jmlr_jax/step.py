@@ -18,7 +18,7 @@ from jax import Array
 
 from jmlr_jax import lora
 from jmlr_jax.config import LlamaConfig, LoraConfig, RetrieverConfig, TrainConfig
-from jmlr_jax.losses import RANK_LOSSES, answer_nll, pair_accuracy, sampling_entropy
+from jmlr_jax.losses import answer_nll, pair_accuracy, rank_loss, sampling_entropy
 from jmlr_jax.nn.functional import encode_passages, encode_queries, llama_hidden, llama_logits
 from jmlr_jax.nn.layers import Params
 from jmlr_jax.pack import read_prompt
@@ -118,6 +118,14 @@ def judge(spec: StepSpec, weights: Weights, batch: Batch, index_BxM: Array, take
     return jax.lax.stop_gradient(nll_N.reshape(B, M))
 
 
+def passages_to_read(spec: StepSpec, batch: Batch, score_BxK: Array | None) -> Batch:
+    """METHOD step 6: the N best-scored candidates, best first; without scores the first N of the table."""
+    valid_BxK = batch["valid_BxK"]
+    score_BxK = jnp.zeros(valid_BxK.shape) if score_BxK is None else jax.lax.stop_gradient(score_BxK)
+    index_BxN, taken_BxN = top(score_BxK, valid_BxK, max(spec.passages, 1))
+    return choose(batch, index_BxN[:, : spec.passages], taken_BxN[:, : spec.passages])
+
+
 def joint_loss(
     params: Weights, frozen: Weights, batch: Batch, dropout_key: Array, *, spec: StepSpec
 ) -> tuple[Array, Metrics]:
@@ -125,28 +133,30 @@ def joint_loss(
 
     ``batch`` carries ``gumbel_BxK``, drawn for the whole batch so that accumulation does not change the sample.
     """
-    weights, train = frozen | params, spec.train
-    loss, metrics = jnp.zeros(()), {}
-    index_BxN, taken_BxN = top(jnp.zeros(batch["valid_BxK"].shape), batch["valid_BxK"], max(spec.passages, 1))
+    weights, train, valid_BxK = frozen | params, spec.train, batch["valid_BxK"]
+    loss, metrics, score_BxK = jnp.zeros(()), {}, None
     if spec.rank:
         score_BxK = candidate_scores(spec, weights, batch)
-        index_BxM, taken_BxM = sample(score_BxK, batch["valid_BxK"], batch["gumbel_BxK"], train.sampled)
+        index_BxM, taken_BxM = sample(score_BxK, valid_BxK, batch["gumbel_BxK"], train.sampled)
         score_BxM = jnp.take_along_axis(score_BxK, index_BxM, axis=1)
         nll_BxM = judge(spec, weights, batch, index_BxM, taken_BxM)
-        rank_loss = jnp.mean(RANK_LOSSES[train.rank_loss](score_BxM, nll_BxM, taken_BxM))
-        loss += train.rank_weight * rank_loss
-        metrics |= {
-            "loss/rank": rank_loss,
-            "rank/pair_accuracy": pair_accuracy(score_BxM, nll_BxM, taken_BxM),
-            "rank/entropy": jnp.mean(sampling_entropy(score_BxK, batch["valid_BxK"])),
-        }
-        index_BxN, taken_BxN = top(jax.lax.stop_gradient(score_BxK), batch["valid_BxK"], max(spec.passages, 1))
+        loss_B = rank_loss(train.rank_loss, train.tie_margin)(score_BxM, nll_BxM, taken_BxM)
+        loss += train.rank_weight * jnp.mean(loss_B)
+        metrics["loss/rank"] = jnp.mean(loss_B)
+        metrics["rank/pair_accuracy"] = pair_accuracy(score_BxM, nll_BxM, taken_BxM, train.tie_margin)
+        metrics["rank/entropy"] = jnp.mean(sampling_entropy(score_BxK, valid_BxK))
     if spec.read:
-        read = choose(batch, index_BxN[:, : spec.passages], taken_BxN[:, : spec.passages])
-        nll_B, held = answer_losses(spec, weights, read, dropout_key)
+        nll_B, held = answer_losses(spec, weights, passages_to_read(spec, batch, score_BxK), dropout_key)
         loss += jnp.mean(nll_B)
         metrics |= {"loss/answer": jnp.mean(nll_B), "prompt/tokens": held["tokens"], "prompt/dropped": held["dropped"]}
     return loss, metrics
+
+
+def reading_loss(params: Weights, frozen: Weights, batch: Batch, *, spec: StepSpec) -> Array:
+    """Answer loss ``nll_B`` of held-out questions, read as in training but without dropout or gradient."""
+    weights = frozen | params
+    score_BxK = candidate_scores(spec, weights, batch) if spec.rank else None
+    return answer_losses(spec, weights, passages_to_read(spec, batch, score_BxK), None)[0]
 
 
 def make_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> StepFn:
@@ -154,7 +164,7 @@ def make_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> StepFn
 
     State: ``step`` and counters ``skipped``, ``skipped_in_row`` (int32), ``key`` (the run's, never consumed),
     ``params`` (what trains: ``retriever``, ``generator`` or both) and ``opt``. ``frozen`` is what a step reads but
-    never changes: ``skip_V`` (retriever vocabulary outside MaxSim), ``base`` under adapters, a half that does not train.
+    never changes: ``skip_V`` (retriever vocabulary outside MaxSim), ``base`` under adapters, a half that is frozen.
     Gradients that are not finite change nothing but the counters.
     """
     pieces = spec.train.accumulate

@@ -9,7 +9,7 @@ world from being trivial the other way:
 
 * *hints*: some passages name the organ in lay words too ("it affects the kidney"). Lexical retrieval then finds the
   right organ and relation but not the right process, often enough for a reader to learn to read;
-* *traps*: passages in nothing but lay words that name a drug which did not help, and which is then one of the options.
+* *traps*: passages in the very words of a question that do not answer it.
 
 Questions are split by condition: a test condition is an unseen combination of parts that training conditions have, so
 nothing can be memorised but the meaning of the parts.
@@ -72,7 +72,11 @@ RELATIONS = (
     Relation(
         "sign",
         ("rash", "murmur", "cyst"),
-        ("which sign points to {lay} ?", "what is seen on the body in {lay} ?", "{lay} : which sign should be sought ?"),
+        (
+            "which sign points to {lay} ?",
+            "what is seen on the body in {lay} ?",
+            "{lay} : which sign should be sought ?",
+        ),
         (
             "the sign {value} points to {formal} .",
             "{value} is seen in {formal} .",
@@ -82,7 +86,11 @@ RELATIONS = (
     Relation(
         "marker",
         ("ogen", "ase", "atin"),
-        ("which blood test confirms {lay} ?", "what rises in the blood in {lay} ?", "{lay} : which marker is measured ?"),
+        (
+            "which blood test confirms {lay} ?",
+            "what rises in the blood in {lay} ?",
+            "{lay} : which marker is measured ?",
+        ),
         (
             "the blood marker {value} confirms {formal} .",
             "{value} rises in {formal} .",
@@ -92,17 +100,58 @@ RELATIONS = (
     Relation(
         "food",
         ("nut", "root", "leaf"),
-        ("which food worsens {lay} ?", "what should not be eaten with {lay} ?", "{lay} : which food should be avoided ?"),
+        (
+            "which food worsens {lay} ?",
+            "what should not be eaten with {lay} ?",
+            "{lay} : which food should be avoided ?",
+        ),
         (
             "the food {value} worsens {formal} .",
             "{formal} flares when {value} is eaten .",
             "diet in {formal} : {value} is avoided .",
         ),
     ),
+    Relation(
+        "device",
+        ("ometer", "scope", "brace"),
+        ("which device relieves {lay} ?", "what is worn against {lay} ?", "{lay} : which device should be fitted ?"),
+        (
+            "the device {value} relieves {formal} .",
+            "{value} is worn in {formal} .",
+            "in {formal} a {value} is fitted .",
+        ),
+    ),
+    Relation(
+        "animal",
+        ("finch", "mole", "newt"),
+        ("which animal carries {lay} ?", "whose bite leads to {lay} ?", "{lay} : which animal spreads it ?"),
+        (
+            "the animal {value} carries {formal} .",
+            "the bite of the {value} leads to {formal} .",
+            "{formal} : the {value} spreads it .",
+        ),
+    ),
+    Relation(
+        "place",
+        ("ville", "burg", "ford"),
+        (
+            "in which place is {lay} common ?",
+            "where was {lay} first described ?",
+            "{lay} : which town has most cases ?",
+        ),
+        (
+            "the place {value} is where {formal} is common .",
+            "{formal} was first described in {value} .",
+            "most cases of {formal} live in the town {value} .",
+        ),
+    ),
 )
 
 FILLERS = ("seen worldwide .", "the course is slow .", "studies are small .", "known for decades .")
-TRAP = "{lay} : some tried the drug {value} without success ."
+TRAPS = (
+    "many with {lay} ask which {relation} matters .",
+    "{lay} and its {relation} : more research is needed .",
+)
 
 
 @dataclass(frozen=True)
@@ -155,10 +204,6 @@ def make_world(cfg: WorldConfig, seed: int) -> World:
     for c, pair in enumerate(pairs):
         (organ, lay_organ), (process, lay_process) = organs[pair[0]], processes[pair[1]]
         formal, lay = f"{organ} {process}", f"{lay_organ} {lay_process}"
-        trap_drug = ""
-        if rng.random() < cfg.trap_share:
-            trap_drug = rng.choice([v for v in values["drug"] if v != fact[pair, "drug"]])
-            passages.append(Passage(f"c{c}-trap", lay, TRAP.format(lay=lay, value=trap_drug), "world"))
         for r in RELATIONS:
             value = fact[pair, r.name]
             sentences = [rng.choice(r.statements).format(formal=formal, value=value)]
@@ -166,13 +211,17 @@ def make_world(cfg: WorldConfig, seed: int) -> World:
                 sentences.append(hint if rng.random() < cfg.hint_share else rng.choice(FILLERS))
             passage = Passage(f"c{c}-{r.name}", formal, " ".join(sentences), "world")
             passages.append(passage)
-            wrong = [trap_drug] if trap_drug and r.name == "drug" else []
-            for q, template in enumerate(r.questions):
-                options = _options(rng, value, wrong, values[r.name])
-                questions[split_of[pair]].append(
+            if rng.random() < cfg.trap_share:
+                text = " ".join([rng.choice(TRAPS).format(relation=r.name, lay=lay), *rng.sample(FILLERS, 2)])
+                passages.append(Passage(f"c{c}-{r.name}-trap", lay, text, "world"))
+            options = _options(rng, value, values[r.name])
+            split = split_of[pair]
+            # Every wording in training, one in the held-out splits: more questions there would not be more evidence.
+            for q, wording in enumerate(r.questions if split == "train" else [rng.choice(r.questions)]):
+                questions[split].append(
                     Question(
                         id=f"c{c}-{r.name}-{q}",
-                        question=template.format(lay=lay),
+                        question=wording.format(lay=lay),
                         options=options,
                         answer=value,
                         answer_index=options.index(value),
@@ -191,10 +240,9 @@ def make_world(cfg: WorldConfig, seed: int) -> World:
     return World(questions, passages, stats)
 
 
-def _options(rng: random.Random, value: str, wrong: list[str], pool: list[str]) -> tuple[str, ...]:
-    """The value, the wrong ones given and random others up to four, in random order."""
-    options = [value, *wrong]
-    options += rng.sample([v for v in pool if v not in options], 4 - len(options))
+def _options(rng: random.Random, value: str, pool: list[str]) -> tuple[str, ...]:
+    """The value and three others of its list, in random order."""
+    options = [value, *rng.sample([v for v in pool if v != value], 3)]
     rng.shuffle(options)
     return tuple(options)
 

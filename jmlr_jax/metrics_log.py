@@ -1,0 +1,113 @@
+"""Metrics of a phase on disk and on screen, read one step late so that the device never waits for the host.
+
+``metrics.jsonl`` holds only what is determined by configuration and data, so a resumed run ends with the very file of
+an uninterrupted one; what a clock measures goes to ``speed.jsonl``. Both also go to TensorBoard event files.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from jmlr_jax.run import write_atomically
+
+SHOWN = {"loss/answer": "answer", "loss/rank": "rank", "rank/pair_accuracy": "pairs", "recall/candidates": "recall@K"}
+
+
+class MetricsLog:
+    """Writes the metrics of one phase; use as a context manager.
+
+    Args:
+      folder: the phase's directory.
+      name, steps: shown on the progress line.
+      every: steps between lines of the files; the last step is always written.
+      questions: per step, for the speed.
+      step: steps done already; what the files hold of later ones was lost in a crash and is cut off.
+    """
+
+    def __init__(self, folder: Path, name: str, steps: int, every: int, questions: int, step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.steps, self.every, self.questions = folder, steps, every, questions
+        for file in ("metrics.jsonl", "speed.jsonl"):
+            _cut(folder / file, step)
+        self._waiting: tuple[int, dict[str, Any], dict[str, float]] | None = None
+        self._clock, self._clock_step, self._tokens = time.monotonic(), step, 0.0
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        console = Console(stderr=True)
+        columns = [TextColumn(f"[bold]{name}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)]
+        self._bar = Progress(
+            *columns, TextColumn("{task.fields[now]}"), console=console, disable=not console.is_terminal
+        )
+        self._task = self._bar.add_task(name, total=steps, completed=step, now="")
+
+    def __enter__(self) -> MetricsLog:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        self._board.close()
+
+    def push(self, step: int, metrics: dict[str, Any], extra: dict[str, float]) -> dict[str, float]:
+        """Takes the metrics of a step that has just been sent off; returns those of the step before, now read.
+
+        Args:
+          step: steps done with this one.
+          metrics: scalars still on the device.
+          extra: numbers known already, such as recall and staleness of the table in use.
+        """
+        ready = self.flush()
+        self._waiting = step, metrics, extra
+        return ready
+
+    def flush(self) -> dict[str, float]:
+        """Reads and writes the step that is still waiting."""
+        if self._waiting is None:
+            return {}
+        step, metrics, extra = self._waiting
+        self._waiting = None
+        row = {name: float(value) for name, value in jax.device_get(metrics).items()} | extra
+        self._tokens += row.get("prompt/tokens", 0.0)
+        if step % self.every == 0 or step == self.steps:
+            self._write("metrics.jsonl", step, row)
+            seconds, done = time.monotonic() - self._clock, step - self._clock_step
+            speed = {
+                "speed/questions_per_s": done * self.questions / seconds,
+                "speed/tokens_per_s": self._tokens / seconds,
+            }
+            self._write("speed.jsonl", step, speed)
+            self._clock, self._clock_step, self._tokens = time.monotonic(), step, 0.0
+        now = "  ".join(f"{label} {row[name]:.3f}" for name, label in SHOWN.items() if name in row)
+        self._bar.update(self._task, completed=step, now=now)
+        return row
+
+    def note(self, step: int, row: dict[str, float]) -> None:
+        """A line of its own, such as a dev evaluation."""
+        self._write("metrics.jsonl", step, row)
+
+    def _write(self, name: str, step: int, row: dict[str, float]) -> None:
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
+        for key, value in row.items():
+            self._board.add_scalar(key, value, step)
+
+
+def _cut(path: Path, step: int) -> None:
+    """Drops the lines after `step`, a half-written last one included."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue  # the line a crash cut short belongs to a step that is done again
+    write_atomically(path, "".join(kept))

@@ -1,0 +1,160 @@
+"""A run directory with what every stage needs of it: configuration, data, mesh, model shapes, initial weights.
+
+``RUN/config.yaml data/ arms/PHASE/ index/NAME/ eval/ timing.json report.*``
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jmlr_jax import config_io, lora
+from jmlr_jax.config import Config, LlamaConfig, RetrieverConfig
+from jmlr_jax.data.batches import Prepared
+from jmlr_jax.errors import JmlrError
+from jmlr_jax.hf.load import load_generator, load_retriever
+from jmlr_jax.nn.copying import favour_copying
+from jmlr_jax.nn.functional import abstract_params, init_colbert, init_llama, logical_axes
+from jmlr_jax.sharding import make_mesh, shardings
+
+Weights = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed's run; see the module docstring for its directory."""
+
+    cfg: Config
+    directory: Path
+    prepared: Prepared
+    mesh: Mesh
+
+    @classmethod
+    def open(cls, cfg: Config) -> Run:
+        """Opens a prepared run directory; the first call saves the configuration there.
+
+        Raises:
+          FileNotFoundError: `jmlr prepare` has not run.
+          ConfigError: the directory belongs to another configuration.
+          ShardingError: the mesh does not fit the devices.
+        """
+        directory = Path(cfg.run_dir).absolute()
+        saved = directory / config_io.RESOLVED_NAME
+        if saved.exists():
+            config_io.check_resume(config_io.load(str(saved)), cfg, str(saved))
+        prepared = Prepared.open(directory / "data")
+        config_io.save_resolved(cfg, saved)
+        return cls(cfg, directory, prepared, make_mesh(cfg.mesh))
+
+    @cached_property
+    def retriever(self) -> RetrieverConfig:
+        """The retriever's shape with its vocabulary resolved."""
+        return self._initial[0]
+
+    @cached_property
+    def llama(self) -> LlamaConfig:
+        """The generator's shape with its vocabulary resolved."""
+        return self._initial[1]
+
+    def initial_weights(self) -> Weights:
+        """``retriever``, ``generator`` and, under adapters, ``base``: fresh copies, placed on the mesh."""
+        return jax.tree.map(jax.numpy.copy, self._initial[2])
+
+    @cached_property
+    def _initial(self) -> tuple[RetrieverConfig, LlamaConfig, Weights]:
+        """Shapes and weights before any training, from Hugging Face directories or from the seed alone."""
+        cfg, mesh, ids = self.cfg, self.mesh, self.prepared
+        retriever_key, generator_key, copy_key, lora_key = jax.random.split(jax.random.key(cfg.seed), 4)
+        weights: Weights = {}
+        with jax.set_mesh(mesh):
+            if cfg.retriever.source == "scratch":
+                bert = cfg.retriever.bert.model_copy(update={"vocab_size": ids.retriever_ids.vocab_size})
+                retriever = cfg.retriever.model_copy(update={"bert": bert})
+                weights["retriever"] = init_colbert(retriever, retriever_key)
+            else:
+                retriever, weights["retriever"] = load_retriever(
+                    cfg.retriever.source, cfg.retriever, retriever_key, mesh, tokens=ids.retriever_ids.vocab_size
+                )
+            if cfg.generator.source == "scratch":
+                llama = cfg.generator.llama.model_copy(update={"vocab_size": ids.generator_ids.vocab_size})
+                base = init_llama(llama, generator_key)
+                base = favour_copying(base, llama, cfg.generator.copy_init, copy_key)
+            else:
+                llama, base = load_generator(
+                    cfg.generator.source, cfg.generator.llama, mesh, tokens=ids.generator_ids.vocab_size
+                )
+            if cfg.generator.lora is None:
+                weights["generator"] = base
+            else:
+                weights["base"] = base
+                weights["generator"] = lora.init_lora(cfg.generator.lora, llama, lora_key)
+        return retriever, llama, jax.device_put(weights, self.shardings_of(weights, retriever, llama))
+
+    def shardings_of(self, weights: Weights, retriever: RetrieverConfig, llama: LlamaConfig) -> Weights:
+        """Where each array of (part of) the weights lies on the mesh."""
+        adapters = self.cfg.generator.lora
+        axes: Weights = {
+            "retriever": logical_axes(retriever),
+            "generator": logical_axes(llama) if adapters is None else lora.lora_axes(adapters, llama),
+            "base": logical_axes(llama),
+        }
+        return {name: shardings(self.mesh, axes[name], tree) for name, tree in weights.items()}
+
+    def abstract(self, names: tuple[str, ...]) -> Weights:
+        """Shape, dtype and sharding of the named parts of the weights, for restoring them from disk."""
+        adapters = self.cfg.generator.lora
+        trees: Weights = {"retriever": abstract_params(self.retriever)}
+        trees["generator"] = (
+            abstract_params(self.llama) if adapters is None else lora.abstract_lora(adapters, self.llama)
+        )
+        chosen = {name: trees[name] for name in names}
+        placed = self.shardings_of(chosen, self.retriever, self.llama)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), chosen, placed)
+
+    def gold(self, split: str) -> list[list[int]]:
+        """Rows of the gold passages of each question, for metrics alone."""
+        return [self.prepared.gold(split, row).tolist() for row in range(len(self.prepared.questions(split)))]
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the seconds spent inside to ``timing.json`` under `name` and "total"."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            path = self.directory / "timing.json"
+            seconds = json.loads(path.read_text()) if path.exists() else {}
+            for key in (name, "total"):
+                seconds[key] = round(seconds.get(key, 0.0) + time.monotonic() - start, 3)
+            write_atomically(path, json.dumps(seconds, indent=1) + "\n")
+
+
+class DataError(JmlrError):
+    """The prepared data cannot serve what was asked of it."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file appears with all of its text, or stays as it was."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """``np.savez`` that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    os.replace(part, path)

@@ -1,0 +1,217 @@
+"""Candidate tables of a run: made, mixed for training, refreshed beside it (DESIGN "Candidate tables").
+
+A refresh is computed from a copy of the retriever in a thread of its own and written to disk with the fingerprint of
+the weights it came from. A run that was killed finds its file and reads the same table again, so resuming is exact
+even where building an index is not deterministic.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jmlr_jax.arms import PassageSource
+from jmlr_jax.encode import encode_corpus, encode_queries_batched
+from jmlr_jax.nn.functional import encode_passages, encode_queries
+from jmlr_jax.retrieval.bm25 import BM25
+from jmlr_jax.retrieval.candidates import build_table, mixed_table, overlap, random_table, recall
+from jmlr_jax.retrieval.store import Index, IndexUnusable, build_index, open_index, params_fingerprint
+from jmlr_jax.run import Run, save_arrays
+
+SPARE_DEPTH = 4  # how many times its share each source of a mixture is asked for, to fill up what they have in common
+
+
+def retriever_index(run: Run, retriever: Any, progress: bool = False) -> Index:
+    """An index of the corpus as this retriever encodes it; a saved one of the same weights and corpus is opened."""
+    model, corpus = params_fingerprint(jax.device_get(retriever)), run.prepared.card["fingerprints"]["corpus"]
+    for saved in sorted((run.directory / "index").glob("*/card.json")):
+        try:
+            return open_index(saved.parent, model, corpus)
+        except IndexUnusable:
+            continue  # of another retriever
+    cfg, prepared = run.cfg, run.prepared
+    vectors = encode_corpus(
+        encode_passages,
+        retriever,
+        run.retriever,
+        prepared.passage_tokens,
+        len(prepared.passages),
+        prepared.skip_V,
+        batch=cfg.index.encode_batch,
+        mesh=run.mesh,
+        progress=progress,
+    )
+    rows = np.arange(min(cfg.index.oracle_queries, len(prepared.questions("train"))))
+    sample = np.concatenate(list(query_vectors(run, retriever, "train", rows)))
+    return build_index(
+        vectors,
+        cfg.index,
+        model_fingerprint=model,
+        corpus_fingerprint=corpus,
+        sample_q_NxQxC=sample,
+        recall_at=(cfg.train.candidates,),
+        seed=cfg.seed,
+    )
+
+
+def query_vectors(run: Run, retriever: Any, split: str, rows: np.ndarray, progress: bool = False) -> Any:
+    """Token vectors of these questions in order, in pieces [n, Q, C]."""
+
+    def read(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return run.prepared.query_tokens(split, rows[places])
+
+    return encode_queries_batched(
+        encode_queries,
+        retriever,
+        run.retriever,
+        read,
+        len(rows),
+        batch=run.cfg.index.encode_batch,
+        mesh=run.mesh,
+        progress=progress,
+    )
+
+
+def retrieve(run: Run, index: Index, retriever: Any, split: str, rows: np.ndarray, k: int) -> np.ndarray:
+    """The k best passages of these questions, int32 [n, k], best first."""
+    return build_table(index, query_vectors(run, retriever, split, rows), len(rows), k)
+
+
+def fixed_table(run: Run, source: PassageSource, split: str, k: int, retriever: Any = None) -> np.ndarray:
+    """A table that does not change while an arm trains or is evaluated: int32 [N, k], best first, -1 padding."""
+    count, passages = len(run.prepared.questions(split)), len(run.prepared.passages)
+    if source == "none":
+        return np.full((count, k), -1, np.int32)
+    if source == "random":
+        return random_table(count, passages, k, seed=_seed(run, split, "random"))
+    if source == "bm25":
+        return bm25_table(run, split, k)
+    return retrieve(run, retriever_index(run, retriever), retriever, split, np.arange(count), k)
+
+
+def bm25_table(run: Run, split: str, k: int, with_answer: bool = False) -> np.ndarray:
+    """BM25's k best passages for the question, or for question and right answer together (distant supervision)."""
+    questions = run.prepared.questions(split)
+    texts = [f"{q.question} {q.answer}" if with_answer else q.question for q in questions]
+    searcher = BM25([f"{p.title} {p.text}" for p in run.prepared.passages])
+    return searcher.search(texts, k)[0]
+
+
+class Candidates:
+    """The training candidates of a live retriever: the current table, and the next one while it is being made.
+
+    Attributes:
+      train_NxK: candidates of the training questions; rows that no step before the next refresh reads may be older.
+      dev_nxK: candidates of the dev questions that checkpoints are compared on.
+      metrics: of the last adoption: ``index/staleness`` and, with gold ids, ``recall/candidates`` and ``recall/top1``.
+    """
+
+    def __init__(self, run: Run, folder: Path):
+        self.run, self.folder = run, folder
+        train = run.cfg.train
+        self._lexical = {
+            split: bm25_table(run, split, SPARE_DEPTH * train.mix.bm25) if train.mix.bm25 else None
+            for split in ("train", "dev")
+        }
+        self._gold = run.gold("train")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="refresh")
+        self._pending: tuple[int, Future[dict[str, np.ndarray]]] | None = None
+        self.train_NxK = np.full((len(run.prepared.questions("train")), train.candidates), -1, np.int32)
+        self.dev_nxK = np.full((self._dev_count(), train.candidates), -1, np.int32)
+        self.metrics: dict[str, float] = {}
+
+    def start(self, step: int, retriever: Any, rows: np.ndarray) -> None:
+        """Begins the refresh of `step` for these training questions; `retriever` must be the caller's to give away."""
+        self._pending = step, self._pool.submit(self._make, step, retriever, np.unique(rows))
+
+    def adopt(self) -> None:
+        """Waits for the refresh under way and reads from its table from now on."""
+        if self._pending is None:
+            return
+        made, self._pending = self._pending[1].result(), None
+        rows, fresh = made["rows"], made["train"]
+        before = self.train_NxK[rows]
+        seen = (before >= 0).any(1)
+        self.metrics = {"index/staleness": 1 - overlap(before[seen], fresh[seen])} if seen.any() else {}
+        gold = [self._gold[row] for row in rows]
+        if any(gold):
+            self.metrics["recall/candidates"] = recall(fresh, gold, (fresh.shape[1],))[fresh.shape[1]]
+            self.metrics["recall/top1"] = recall(made["top"], gold, (1,))[1]
+        self.train_NxK[rows], self.dev_nxK = fresh, made["dev"]
+
+    def wait(self) -> None:
+        """Lets the refresh under way finish, so that its file is on disk."""
+        if self._pending is not None:
+            self._pending[1].result()
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What a checkpoint holds of this object; the step of the refresh under way is -1 if there is none."""
+        pending = -1 if self._pending is None else self._pending[0]
+        return {"train": self.train_NxK, "dev": self.dev_nxK, "pending": np.array(pending, np.int32)}
+
+    def restore(self, state: dict[str, np.ndarray], metrics: dict[str, float]) -> None:
+        """Continues from :meth:`state`; a refresh that was under way is read from its file."""
+        self.train_NxK, self.dev_nxK = np.array(state["train"]), np.array(state["dev"])
+        self.metrics = dict(metrics)
+        step = int(state["pending"])
+        if step >= 0:
+            self._pending = step, self._pool.submit(lambda: dict(np.load(self._file(step))))
+
+    def close(self) -> None:
+        """Ends the thread; a refresh nobody waits for is given up."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _make(self, step: int, retriever: Any, rows: np.ndarray) -> dict[str, np.ndarray]:
+        fingerprint = np.array(params_fingerprint(jax.device_get(retriever)))
+        file = self._file(step)
+        if file.exists():
+            made = dict(np.load(file))
+            if made["fingerprint"] == fingerprint and np.array_equal(made["rows"], rows):
+                return made
+        run, mix = self.run, self.run.cfg.train.mix
+        index = retriever_index(run, retriever)
+        mixed = partial(self._mixed, step=step)
+        top = retrieve(run, index, retriever, "train", rows, SPARE_DEPTH * mix.index)
+        dev_rows = np.arange(self._dev_count())
+        dev = (
+            retrieve(run, index, retriever, "dev", dev_rows, SPARE_DEPTH * mix.index) if len(dev_rows) else self.dev_nxK
+        )
+        made = {
+            "rows": rows,
+            "train": mixed("train", top, rows),
+            "dev": mixed("dev", dev, dev_rows) if len(dev_rows) else dev,
+            "top": top[:, :1],
+            "fingerprint": fingerprint,
+        }
+        save_arrays(file, **made)
+        return made
+
+    def _mixed(self, split: str, retrieved: np.ndarray, rows: np.ndarray, step: int) -> np.ndarray:
+        """Candidates from all three sources, METHOD's K; see ``MixConfig``."""
+        train = self.run.cfg.train
+        parts = {"index": (retrieved, train.mix.index)}
+        lexical = self._lexical[split]
+        if lexical is not None:
+            parts["bm25"] = lexical[rows], train.mix.bm25
+        if train.mix.random:
+            seed = _seed(self.run, split, "mixture", step)
+            passages = len(self.run.prepared.passages)
+            parts["random"] = random_table(len(rows), passages, 2 * train.candidates, seed), train.mix.random
+        return mixed_table(parts, train.candidates, _seed(self.run, split, "order", step))
+
+    def _dev_count(self) -> int:
+        return min(self.run.cfg.train.dev_questions, len(self.run.prepared.questions("dev")))
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"step_{step:07d}.npz"
+
+
+def _seed(run: Run, *what: Any) -> int:
+    """A seed of its own for each purpose, the same on every machine."""
+    text = "/".join(str(x) for x in (run.cfg.seed, *what))
+    return int.from_bytes(text.encode(), "little") % (2**31 - 1)

@@ -1,0 +1,287 @@
+"""The training loop: one phase of an arm from its start, or its last checkpoint, to its final weights."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
+
+from jmlr_jax.arms import Phase
+from jmlr_jax.checkpoint import DEV_LOSS, Checkpoints, load_weights, save_weights
+from jmlr_jax.config import OptimizerConfig, TrainConfig
+from jmlr_jax.data.batches import Batch, assemble, question_stream
+from jmlr_jax.errors import JmlrError
+from jmlr_jax.metrics_log import MetricsLog
+from jmlr_jax.optim import make_optimizer, state_shardings, trainable_counts
+from jmlr_jax.run import Run, Weights
+from jmlr_jax.sharding import batch_sharding, check_rows
+from jmlr_jax.step import StepSpec, init_state, make_step, reading_loss
+from jmlr_jax.tables import Candidates, fixed_table
+from jmlr_jax.warmup import ReadingLessons
+
+
+class TrainingStopped(JmlrError):
+    """Training ended before its last step; the message says why and how to go on."""
+
+
+@dataclass
+class Loop:
+    """A compiled phase: what :func:`train_phase` drives.
+
+    Attributes:
+      step: compiled ``(state, frozen, batch) -> (state, metrics)``; dev: compiled mean answer loss of dev questions.
+      batch: training batch of ``(step, question rows)``.
+      candidates: of a live retriever; None where the table is fixed.
+      dev_table: passages of the dev questions where the table is fixed.
+    """
+
+    state: dict[str, Any]
+    frozen: Weights
+    step: Callable[..., tuple[dict[str, Any], dict[str, Any]]]
+    dev: Callable[..., Any]
+    batch: Callable[[int, np.ndarray], Batch]
+    candidates: Candidates | None
+    dev_table: np.ndarray
+
+
+def train_phase(run: Run, phase: Phase, console: Console) -> Path:
+    """Trains a phase to its end and returns the directory of its final weights; a finished phase is left alone.
+
+    Raises:
+      TrainingStopped: SIGTERM came (a checkpoint was saved), or too many updates in a row were not finite.
+    """
+    folder = run.directory / "arms" / phase.name
+    if (folder / "weights").exists():
+        return folder / "weights"
+    with jax.set_mesh(run.mesh), run.timed("train"):
+        _train(run, phase, folder, console)
+    return folder / "weights"
+
+
+def _train(run: Run, phase: Phase, folder: Path, console: Console) -> None:
+    cfg, steps = run.cfg.train, phase_steps(run.cfg.train, phase)
+    stream = _stream(run, jax.process_index(), jax.process_count())
+    loop = _build(run, phase, folder, steps, console)
+    checkpoints = Checkpoints(folder / "checkpoints", cfg.keep_last)
+    done = _resume(loop, checkpoints, stream)
+    if done == 0 and loop.candidates is not None:
+        _refresh(run, loop, stream, 0)
+        loop.candidates.adopt()
+    lessons = ReadingLessons(run, loop.candidates.train_NxK) if phase.passages == "mixed" and loop.candidates else None
+    batch = lessons.batch if lessons else loop.batch
+    stop = _on_sigterm()
+    refresh = cfg.refresh_steps if phase.passages == "live" else 0
+    with MetricsLog(folder, phase.name, steps, cfg.log_steps, cfg.batch_size, done) as log:
+        for step in range(done, steps):
+            if refresh and loop.candidates and step and step % refresh == 0:
+                _refresh(run, loop, stream, step)
+            if refresh and loop.candidates and step > refresh and step % refresh == cfg.refresh_delay:
+                loop.candidates.adopt()
+            placed = _place(run, batch(step, next(stream)))
+            loop.state, metrics = loop.step(loop.state, loop.frozen, placed)
+            extra = dict(loop.candidates.metrics) if refresh and loop.candidates else {}
+            _check_finite(log.push(step + 1, metrics, extra), cfg.max_skipped_in_row)
+            last = step + 1 == steps
+            if last or stop.is_set() or (step + 1) % cfg.checkpoint_steps == 0:
+                _check_finite(log.flush(), cfg.max_skipped_in_row)
+                _checkpoint(run, loop, checkpoints, stream, step + 1, log)
+            if stop.is_set() and not last:
+                checkpoints.close()
+                raise TrainingStopped(
+                    f"SIGTERM: {phase.name} saved at step {step + 1} of {steps}; the same command continues"
+                )
+    checkpoints.close()
+    if loop.candidates is not None:
+        loop.candidates.close()
+    _finish(run, loop, checkpoints, folder)
+
+
+def phase_steps(cfg: TrainConfig, phase: Phase) -> int:
+    """How many steps a phase has."""
+    return cfg.warmup.steps if phase.name == "warmup" else cfg.steps
+
+
+def phase_weights(run: Run, phase: Phase) -> Weights:
+    """The weights a phase starts from."""
+    weights = run.initial_weights()
+    for part, source in (("generator", phase.generator), ("retriever", phase.retriever)):
+        if source is not None and (source != "warmup" or run.cfg.train.warmup.steps):
+            weights[part] = load_weights(
+                run.directory / "arms" / source / "weights" / part, run.abstract((part,))[part]
+            )
+    return weights
+
+
+def _build(run: Run, phase: Phase, folder: Path, steps: int, console: Console) -> Loop:
+    """Weights, optimizer, tables and compiled functions of a phase."""
+    cfg, prepared = run.cfg, run.prepared
+    weights = phase_weights(run, phase)
+    names = (["retriever"] if phase.rank else []) + (["generator"] if phase.read else [])
+    params = {name: weights.pop(name) for name in names}
+    console.print(f"{phase.name}: training " + ", ".join(f"{k} {v:,}" for k, v in trainable_counts(params).items()))
+    train = cfg.train
+    if phase.name == "warmup":
+        rate = OptimizerConfig(learning_rate=train.warmup.learning_rate)
+        train = train.model_copy(update={"generator": rate})
+    passages = {"mixed": 1, "none": 0}.get(phase.passages, train.read_passages)
+    spec = StepSpec(
+        retriever=run.retriever,
+        llama=run.llama,
+        lora=cfg.generator.lora,
+        train=train,
+        max_length=cfg.generator.max_length,
+        bos_id=prepared.generator_ids.bos,
+        pad_id=prepared.generator_ids.pad,
+        rank=phase.rank,
+        read=phase.read,
+        passages=passages,
+    )
+    check_rows(run.mesh, train.batch_size // train.accumulate, "train.batch_size / train.accumulate")
+    candidates, tables = None, {}
+    start = weights.get("retriever", params.get("retriever"))
+    if phase.passages in ("live", "mixed"):
+        candidates = Candidates(run, folder / "tables")
+    else:
+        tables = {s: fixed_table(run, phase.passages, s, max(passages, 1), start) for s in ("train", "dev")}
+    optimizer = make_optimizer(train, steps)
+    placed = _state_shardings(run, params, optimizer)
+    key = jax.random.PRNGKey(cfg.seed)
+    state = jax.jit(partial(init_state, optimizer=optimizer), out_shardings=placed)(params, key=key)
+
+    def batch(step: int, rows: np.ndarray) -> Batch:
+        table = candidates.train_NxK if candidates else tables["train"]
+        return assemble(prepared, "train", rows, table[rows])
+
+    return Loop(
+        state=state,
+        frozen=weights | {"skip_V": jax.numpy.asarray(prepared.skip_V)},
+        # Pinned output layout: a step whose own output came back laid out otherwise would compile a second time.
+        step=jax.jit(make_step(spec, optimizer), donate_argnums=0, out_shardings=(placed, None)),
+        dev=jax.jit(partial(reading_loss, spec=spec)),
+        batch=batch,
+        candidates=candidates,
+        dev_table=np.zeros((0, 1), np.int32) if candidates else tables["dev"][: train.dev_questions],
+    )
+
+
+def _state_shardings(run: Run, params: Weights, optimizer: optax.GradientTransformation) -> dict[str, Any]:
+    everywhere = NamedSharding(run.mesh, PartitionSpec())
+    params_placed = run.shardings_of(params, run.retriever, run.llama)
+    opt_placed = state_shardings(optimizer, params, params_placed, everywhere)
+    counters = dict.fromkeys(("step", "key", "skipped", "skipped_in_row"), everywhere)
+    return {**counters, "params": params_placed, "opt": opt_placed}
+
+
+def _stream(run: Run, host: int, hosts: int) -> Any:
+    questions = len(run.prepared.questions("train"))
+    return question_stream(questions, run.cfg.train.batch_size, run.cfg.seed, host, hosts)
+
+
+def _refresh(run: Run, loop: Loop, stream: Any, step: int) -> None:
+    """Begins a refresh for the questions that will be read with its table."""
+    assert loop.candidates is not None
+    cfg = run.cfg.train
+    ahead = _stream(run, 0, 1)
+    ahead.set_state(stream.get_state())
+    length = cfg.refresh_steps + cfg.refresh_delay if cfg.refresh_steps else 0
+    rows = np.arange(len(loop.candidates.train_NxK))
+    if 0 < length * cfg.batch_size < len(rows) and "retriever" in loop.state["params"]:
+        rows = np.concatenate([next(ahead) for _ in range(length)])
+    retriever = loop.state["params"].get("retriever", loop.frozen.get("retriever"))
+    # A copy: the step donates its state, and the refresh outlives it.
+    loop.candidates.start(step, jax.tree.map(jax.numpy.copy, retriever), rows)
+
+
+def _place(run: Run, batch: Batch) -> dict[str, jax.Array]:
+    """The batch on the mesh; each host brings its own questions."""
+    placed = batch_sharding(run.mesh)
+    return {name: jax.make_array_from_process_local_data(placed, x) for name, x in batch.items()}
+
+
+def _checkpoint(run: Run, loop: Loop, checkpoints: Checkpoints, stream: Any, step: int, log: MetricsLog) -> None:
+    """Saves everything, after any refresh under way has been written: resuming never needs weights that are gone."""
+    notes: dict[str, Any] = {"data": stream.get_state(), "table_metrics": {}}
+    tables = {"none": np.zeros(1, np.int32)}
+    if loop.candidates is not None:
+        loop.candidates.wait()
+        tables, notes["table_metrics"] = loop.candidates.state(), loop.candidates.metrics
+    loss = _dev_loss(run, loop)
+    if loss is not None:
+        notes[DEV_LOSS] = loss
+        log.note(step, {DEV_LOSS: loss})
+    checkpoints.save(step, loop.state, tables, notes)
+
+
+def _resume(loop: Loop, checkpoints: Checkpoints, stream: Any) -> int:
+    """Continues from the latest checkpoint, if there is one; the number of steps done."""
+    step = checkpoints.latest()
+    if step is None:
+        return 0
+    tables = {"none": np.zeros(1, np.int32)} if loop.candidates is None else loop.candidates.state()
+    loop.state, tables, notes = checkpoints.restore(step, loop.state, tables)
+    stream.set_state(notes["data"])
+    if loop.candidates is not None:
+        loop.candidates.restore(tables, notes["table_metrics"])
+    return step
+
+
+def _dev_loss(run: Run, loop: Loop) -> float | None:
+    """Mean answer loss of the first dev questions, in batches of one compiled shape."""
+    table = loop.dev_table if loop.candidates is None else loop.candidates.dev_nxK
+    if not len(table):
+        return None
+    size, losses = run.cfg.train.batch_size, []
+    for first in range(0, len(table), size):
+        rows = np.arange(first, first + size) % len(table)
+        batch = assemble(run.prepared, "dev", rows, table[rows])
+        placed = {name: jax.device_put(x, batch_sharding(run.mesh)) for name, x in batch.items()}
+        count = min(size, len(table) - first)
+        losses.append(np.asarray(loop.dev(loop.state["params"], loop.frozen, placed))[:count])
+    return float(np.mean(np.concatenate(losses)))
+
+
+def _check_finite(row: dict[str, float], most: int) -> None:
+    skipped = int(row.get("skipped_in_row", 0))
+    if skipped >= most:
+        raise TrainingStopped(
+            f"{skipped} updates in a row had gradients that are not finite (train.max_skipped_in_row={most}); "
+            "lower the learning rate of train.generator or train.retriever, or look at the data"
+        )
+
+
+def _finish(run: Run, loop: Loop, checkpoints: Checkpoints, folder: Path) -> None:
+    """Writes the weights that later phases, evaluation and export use."""
+    if run.cfg.eval.checkpoint == "best":
+        reopened = Checkpoints(folder / "checkpoints", run.cfg.train.keep_last)
+        step = reopened.best()
+        assert step is not None  # the last step has just been saved
+        tables = {"none": np.zeros(1, np.int32)} if loop.candidates is None else loop.candidates.state()
+        loop.state, _, _ = reopened.restore(step, loop.state, tables)
+        reopened.close()
+    part = folder / ".weights.part"
+    for name, tree in loop.state["params"].items():
+        save_weights(part / name, tree)
+    part.rename(folder / "weights")
+
+
+def _on_sigterm() -> threading.Event:
+    """An event that SIGTERM sets, as a TPU VM sends it before it is taken away."""
+    stop = threading.Event()
+
+    def handle(_signal: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handle)
+    return stop

@@ -1,0 +1,72 @@
+"""Batches of the reading warm-up (``train.warmup``; what it is for stands in ``WarmupConfig``)."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from jmlr_jax.data.batches import Batch, assemble
+from jmlr_jax.run import Run
+from jmlr_jax.tables import bm25_table
+
+
+class ReadingLessons:
+    """One passage per question: often one that states the answer, otherwise one of the training candidates.
+
+    Args:
+      run: its seed and ``train.warmup`` decide everything.
+      candidates_NxK: the candidates of the untrained retriever, BM25 and chance (``tables.Candidates``).
+    """
+
+    def __init__(self, run: Run, candidates_NxK: np.ndarray):
+        self.run, self.candidates = run, candidates_NxK
+        self.distant = bm25_table(run, "train", run.cfg.train.warmup.distant_depth, with_answer=True)
+
+    def batch(self, step: int, rows: np.ndarray) -> Batch:
+        """The batch of a step; equal for equal seed, step and rows."""
+        cfg = self.run.cfg.train.warmup
+        rng = np.random.default_rng((self.run.cfg.seed, step))
+        near = self._pick(rng, self.distant[rows])
+        other = self._pick(rng, self.candidates[rows])
+        table_Bx1 = np.where(rng.random(len(rows)) < cfg.distant_share, near, other)[:, None]
+        batch = assemble(self.run.prepared, "train", rows, table_Bx1)
+        return rename(batch, self.answer_tokens, rng) if cfg.rename else batch
+
+    @cached_property
+    def answer_tokens(self) -> np.ndarray:
+        """Sorted ids of the generator's tokens that occur in training answers, special tokens left out."""
+        ids = self.run.prepared.generator_ids
+        rows = np.arange(len(self.run.prepared.questions("train")))
+        answers, _ = self.run.prepared.tokens("train.answers").padded(
+            rows, self.run.prepared.card["lengths"]["answer"], ids.pad
+        )
+        return np.setdiff1d(answers, [ids.pad, ids.bos, ids.eos])
+
+    @staticmethod
+    def _pick(rng: np.random.Generator, table_BxK: np.ndarray) -> np.ndarray:
+        """One valid passage of each row at random; -1 where there is none."""
+        valid = (table_BxK >= 0).sum(1)
+        place = (rng.random(len(table_BxK)) * np.maximum(valid, 1)).astype(np.int64)
+        return table_BxK[np.arange(len(table_BxK)), place]
+
+
+def rename(batch: Batch, tokens: np.ndarray, rng: np.random.Generator) -> Batch:
+    """Exchanges the given generator tokens at random, another exchange for each example, alike in all its pieces.
+
+    Args:
+      batch: from ``assemble``; not changed.
+      tokens: distinct ids; each is replaced by another of them (or itself), everything else stays.
+      rng: draws the permutations.
+    """
+    size = max(int(tokens.max()), *(int(batch[name].max()) for name in _PIECES)) + 1
+    renamed = dict(batch)
+    table_BxV = np.tile(np.arange(size, dtype=np.int32), (len(batch["question_len_B"]), 1))
+    table_BxV[:, tokens] = rng.permuted(np.tile(tokens.astype(np.int32), (len(table_BxV), 1)), axis=1)
+    for name in _PIECES:
+        flat = batch[name].reshape(len(table_BxV), -1)
+        renamed[name] = np.take_along_axis(table_BxV, flat, axis=1).reshape(batch[name].shape)
+    return renamed
+
+
+_PIECES = ("reader_ids_BxKxL", "question_ids_BxS", "answer_ids_BxA")
