@@ -98,9 +98,9 @@ class RetrieverConfig(Strict):
     tokenizer: str = Field("train", description="'train' a small one in `jmlr prepare`, or a tokenizer directory")
     tokenizer_vocab: PositiveInt = Field(4096, description="size of the tokenizer that 'train' makes")
     bert: BertConfig = BertConfig()
-    dim: PositiveInt = Field(64, description="C: width of a token vector (128 in the paper)")
-    query_length: PositiveInt = Field(24, description="Q: query tokens, markers and augmentation included")
-    passage_length: PositiveInt = Field(48, description="P: passage tokens, markers included")
+    dim: PositiveInt = Field(32, description="C: width of a token vector (128 in the paper)")
+    query_length: PositiveInt = Field(13, description="Q: query tokens, markers and augmentation included")
+    passage_length: PositiveInt = Field(28, description="P: passage tokens, markers included")
     query_template: str = Field("{question}", description="fields: question, options")
     passage_template: str = Field("{title}. {text}", description="fields: title, text")
     query_marker: str = Field("[Q]", description="token after [CLS] in queries; [unused0] in published ColBERTs")
@@ -132,9 +132,9 @@ class GeneratorConfig(Strict):
         0.7, ge=0, le=1, description="scratch only: how much attention starts as a copier (nn/copying.py)"
     )
     lora: LoraConfig | None = Field(None, description="null trains every weight")
-    passage_length: PositiveInt = Field(48, description="L: tokens of one rendered passage")
-    question_length: PositiveInt = Field(64, description="S: tokens of the rendered question and options")
-    answer_length: PositiveInt = Field(8, description="A: tokens of the answer, end token included")
+    passage_length: PositiveInt = Field(28, description="L: tokens of one rendered passage")
+    question_length: PositiveInt = Field(36, description="S: tokens of the rendered question and options")
+    answer_length: PositiveInt = Field(3, description="A: tokens of the answer, end token included")
     max_length: PositiveInt = Field(
         512, description="T: whole prompt; passages that do not fit are dropped, worst first"
     )
@@ -150,7 +150,7 @@ class WorldConfig(Strict):
 
     conditions: PositiveInt = 560
     test_fraction: float = Field(
-        0.2, gt=0, lt=1, description="share of conditions held out (a quarter of them for dev)"
+        0.25, gt=0, lt=1, description="share of conditions held out (a quarter of them for dev)"
     )
     values: PositiveInt = Field(150, ge=8, description="length of each relation's closed list of answers")
     hint_share: float = Field(

@@ -78,8 +78,6 @@ def _train(run: Run, phase: Phase, folder: Path, console: Console) -> None:
     if done == 0 and loop.candidates is not None:
         _refresh(run, loop, stream, 0)
         loop.candidates.adopt()
-    lessons = ReadingLessons(run, loop.candidates.train_NxK) if phase.passages == "mixed" and loop.candidates else None
-    batch = lessons.batch if lessons else loop.batch
     stop = _on_sigterm()
     refresh = cfg.refresh_steps if phase.passages == "live" else 0
     with MetricsLog(folder, phase.name, steps, cfg.log_steps, cfg.batch_size, done) as log:
@@ -88,7 +86,7 @@ def _train(run: Run, phase: Phase, folder: Path, console: Console) -> None:
                 _refresh(run, loop, stream, step)
             if refresh and loop.candidates and step > refresh and step % refresh == cfg.refresh_delay:
                 loop.candidates.adopt()
-            placed = _place(run, batch(step, next(stream)))
+            placed = _place(run, loop.batch(step, next(stream)))
             loop.state, metrics = loop.step(loop.state, loop.frozen, placed)
             extra = dict(loop.candidates.metrics) if refresh and loop.candidates else {}
             _check_finite(log.push(step + 1, metrics, extra), cfg.max_skipped_in_row)
@@ -150,8 +148,10 @@ def _build(run: Run, phase: Phase, folder: Path, steps: int, console: Console) -
     check_rows(run.mesh, train.batch_size // train.accumulate, "train.batch_size / train.accumulate")
     candidates, tables = None, {}
     start = weights.get("retriever", params.get("retriever"))
-    if phase.passages in ("live", "mixed"):
+    if phase.passages == "live":
         candidates = Candidates(run, folder / "tables")
+    elif phase.passages == "mixed":
+        tables = {"dev": fixed_table(run, "bm25", "dev", passages)}
     else:
         tables = {s: fixed_table(run, phase.passages, s, max(passages, 1), start) for s in ("train", "dev")}
     optimizer = make_optimizer(train, steps)
@@ -169,7 +169,7 @@ def _build(run: Run, phase: Phase, folder: Path, steps: int, console: Console) -
         # Pinned output layout: a step whose own output came back laid out otherwise would compile a second time.
         step=jax.jit(make_step(spec, optimizer), donate_argnums=0, out_shardings=(placed, None)),
         dev=jax.jit(partial(reading_loss, spec=spec)),
-        batch=batch,
+        batch=ReadingLessons(run).batch if phase.passages == "mixed" else batch,
         candidates=candidates,
         dev_table=np.zeros((0, 1), np.int32) if candidates else tables["dev"][: train.dev_questions],
     )

@@ -7,28 +7,32 @@ from functools import cached_property
 import numpy as np
 
 from jmlr_jax.data.batches import Batch, assemble
+from jmlr_jax.retrieval.candidates import mixed_table
 from jmlr_jax.run import Run
-from jmlr_jax.tables import bm25_table
+from jmlr_jax.tables import bm25_table, fixed_table
+
+OTHERS = 16  # passages per question that need not state the answer, half of them BM25's
 
 
 class ReadingLessons:
-    """One passage per question: often one that states the answer, otherwise one of the training candidates.
+    """One passage per question: often one that states the answer, otherwise one that BM25 or chance finds.
 
     Args:
       run: its seed and ``train.warmup`` decide everything.
-      candidates_NxK: the candidates of the untrained retriever, BM25 and chance (``tables.Candidates``).
     """
 
-    def __init__(self, run: Run, candidates_NxK: np.ndarray):
-        self.run, self.candidates = run, candidates_NxK
+    def __init__(self, run: Run):
+        self.run = run
         self.distant = bm25_table(run, "train", run.cfg.train.warmup.distant_depth, with_answer=True)
+        parts = {source: (fixed_table(run, source, "train", OTHERS), OTHERS // 2) for source in ("bm25", "random")}
+        self.others = mixed_table(parts, OTHERS, run.cfg.seed)
 
     def batch(self, step: int, rows: np.ndarray) -> Batch:
         """The batch of a step; equal for equal seed, step and rows."""
         cfg = self.run.cfg.train.warmup
         rng = np.random.default_rng((self.run.cfg.seed, step))
         near = self._pick(rng, self.distant[rows])
-        other = self._pick(rng, self.candidates[rows])
+        other = self._pick(rng, self.others[rows])
         table_Bx1 = np.where(rng.random(len(rows)) < cfg.distant_share, near, other)[:, None]
         batch = assemble(self.run.prepared, "train", rows, table_Bx1)
         return rename(batch, self.answer_tokens, rng) if cfg.rename else batch
