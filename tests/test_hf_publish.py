@@ -1,0 +1,188 @@
+"""``jmlr export`` of whole runs: published weights in, trained weights out, and back in again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import hf_colbert
+import hf_models
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+from jmlr_jax import cli, config_io, publish
+from jmlr_jax.checkpoint import save_weights
+from jmlr_jax.config import BertConfig, Config, LlamaConfig, LoraConfig
+from jmlr_jax.data.prepare import prepare
+from jmlr_jax.data.tokenizers import load_tokenizer, train_generator_tokenizer
+from jmlr_jax.errors import JmlrError
+from jmlr_jax.hf.load import load_generator, load_retriever
+from jmlr_jax.lora import bind, merge
+from jmlr_jax.nn import functional as F
+from jmlr_jax.run import Run
+
+QUESTIONS = [
+    {"id": f"q{i}", "question": f"what hardens organ {i}?", "options": {"A": f"drug {i}", "B": "age"}, "answer": "A"}
+    for i in range(6)
+]
+PASSAGES = [
+    {"id": f"p{i}", "title": "Organ", "text": f"Organ {i} is hardened by age, less by drug {i}."} for i in range(8)
+]
+LLAMA = LlamaConfig(hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, max_positions=512)
+BERT = BertConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, max_positions=48)
+
+
+def base_config(folder: Path) -> dict[str, Any]:
+    """Prepared data of six questions; the models start from random weights."""
+    for name, rows in (("train", QUESTIONS[2:]), ("test", QUESTIONS[:2]), ("corpus", PASSAGES)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"questions": "jsonl", "leakage_ngram": 0, "on_error": "stop"}
+    data |= {f"{name}_path": str(folder / f"{name}.jsonl") for name in ("train", "test", "corpus")}
+    return {
+        "run_dir": str(folder / "run"),
+        "data": data,
+        "retriever": {"bert": BERT.model_dump(), "dim": 12, "query_length": 20, "passage_length": 32},
+        "generator": {
+            "llama": LLAMA.model_dump(),
+            "copy_init": 0,
+            "question_length": 96,
+            "passage_length": 64,
+            "answer_length": 24,
+        },
+        "mesh": {"data": 1, "fsdp": 8, "tensor": 1},
+    }
+
+
+def trained(cfg: Config, arm: str = "jmlr") -> tuple[Run, dict[str, Any]]:
+    """A run whose arm ends with weights that differ from the first ones."""
+    prepare(cfg, Path(cfg.run_dir) / "data")
+    run = Run.open(cfg)
+    weights = run.initial_weights()
+    for part in ("retriever", "generator"):
+        weights[part] = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), weights[part])
+        save_weights(run.directory / "arms" / arm / "weights" / part, weights[part])
+    return run, weights
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any]]:
+    cfg = Config.model_validate(base_config(tmp_path_factory.mktemp("scratch")))
+    return trained(cfg)
+
+
+def equal(ours: Any, theirs: Any) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), ours, theirs)
+
+
+def test_from_random_weights(scratch: tuple[Run, dict[str, Any]], tmp_path: Path) -> None:
+    """No base model: merged weights and both retriever layouts, each the source of another run, and no adapters."""
+    run, weights = scratch
+    out = tmp_path / "out"
+    assert cli.main(["export", run.cfg.run_dir, str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "colbert", "generator", "pylate"]
+    cfg, back = load_generator(str(out / "generator"), LLAMA)
+    equal(back, weights["generator"])
+    assert cfg.vocab_size == run.llama.vocab_size
+    for layout in ("colbert", "pylate"):
+        again, params = load_retriever(str(out / layout), run.cfg.retriever, jax.random.key(0))
+        equal(params, weights["retriever"])
+        assert again == run.retriever
+    for folder in ("generator", "colbert", "pylate"):
+        assert "Not for patient care" in (out / folder / "README.md").read_text()
+    loaded = transformers.AutoTokenizer.from_pretrained(out / "generator")
+    assert loaded.get_vocab() == load_tokenizer(run.prepared.tokenizer_dir("generator")).get_vocab()
+
+
+def test_the_card_holds_what_was_measured(scratch: tuple[Run, dict[str, Any]], tmp_path: Path) -> None:
+    run, _ = scratch
+    summary = {"arm": "jmlr", "n": 2, "accuracy": 0.5, "low": 0.1, "high": 0.9, "chance": 0.5}
+    summary |= {"generation": {"accuracy": 0.25, "low": 0.0, "high": 0.75, "unparsed": 1}}
+    (run.directory / "eval").mkdir()
+    (run.directory / "eval" / "jmlr.json").write_text(json.dumps(summary))
+    publish.export_run(run.cfg, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| jmlr | 2 | 50.0% | 10.0% to 90.0% | 25.0% | 0.0% to 75.0% | 1 |" in card
+    assert "train 4" in card and "Passages: 8;" in card
+
+
+def test_a_failed_export_leaves_nothing(
+    scratch: tuple[Run, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, _ = scratch
+
+    def fail(*args: Any, **named: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(publish, "write_pylate", fail)
+    assert cli.main(["export", run.cfg.run_dir, str(tmp_path / "out")]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    assert cli.main(["export", run.cfg.run_dir, str(tmp_path / "out")]) == 2
+    assert "exists already" in capsys.readouterr().err and (tmp_path / "out" / "mine").exists()
+
+
+def test_what_cannot_be_exported(scratch: tuple[Run, dict[str, Any]], tmp_path: Path) -> None:
+    run, _ = scratch
+    with pytest.raises(JmlrError, match="bm25.*has not been trained to its end"):
+        publish.export_run(run.cfg, tmp_path / "out", arm="bm25")
+    (tmp_path / "many" / "seed_0").mkdir(parents=True)
+    with pytest.raises(JmlrError, match="holds the runs seed_0; name one of them"):
+        publish.export_run(run.cfg.model_copy(update={"run_dir": str(tmp_path / "many")}), tmp_path / "out")
+    with pytest.raises(JmlrError, match="no such run"):
+        publish.export_run(run.cfg.model_copy(update={"run_dir": str(tmp_path / "none")}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_from_published_weights_with_adapters(tmp_path: Path) -> None:
+    """A decoder in bfloat16 and a ColBERT in, adapters trained, everything out: the merged model and PEFT on the base
+    give the logits that our model gives with its adapters bound."""
+    texts = [row["text"] for row in PASSAGES] + [row["question"] for row in QUESTIONS]
+    base = tmp_path / "base"
+    train_generator_tokenizer(texts, 300, str(base))
+    hf_models.decoder("qwen3", base, torch.bfloat16, vocab_size=304, max_position_embeddings=512, head_dim=8)
+    (base / "LICENSE").write_text("terms")
+    hf_colbert.export("published", tmp_path)
+    raw = base_config(tmp_path)
+    raw["generator"] |= {
+        "source": str(base),
+        "tokenizer": str(base),
+        "lora": LoraConfig(rank=2, targets=("q", "o", "up")),
+    }
+    raw["generator"]["llama"] = {"max_positions": 512, "param_dtype": "bfloat16"}
+    colbert = str(tmp_path / "colbert")
+    raw["retriever"] |= {"source": colbert, "tokenizer": colbert, "query_marker": "[unused0]"}
+    raw["retriever"] |= {"passage_marker": "[unused1]", "bert": {"max_positions": 48}}
+    run, weights = trained(Config.model_validate(raw), "jmlr")
+    out = tmp_path / "out"
+    publish.export_run(run.cfg, out)
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "adapters", "colbert", "generator", "pylate"]
+    assert (out / "generator" / "LICENSE").read_text() == (out / "adapters" / "LICENSE").read_text() == "terms"
+
+    lora_cfg = run.cfg.generator.lora
+    _, back = load_generator(str(out / "generator"), LlamaConfig(max_positions=512, param_dtype="bfloat16"))
+    equal(back, merge(weights["base"], weights["generator"], lora_cfg))
+    ids, length = np.random.default_rng(0).integers(3, 300, (2, 9)), np.full(2, 9)
+    adapters = bind(weights["generator"], lora_cfg)
+    hidden = F.llama_hidden(weights["base"], run.llama, ids, length, adapters=adapters)
+    ours = np.asarray(F.llama_logits(weights["base"], run.llama, hidden, adapters=adapters))
+    kind = transformers.AutoModelForCausalLM
+    with torch.no_grad():
+        plain = kind.from_pretrained(base, dtype=torch.float32)
+        adapted = peft.PeftModel.from_pretrained(plain, out / "adapters")(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(ours, adapted, atol=1e-4)
+    raw_before, raw_after = (json.loads((folder / "config.json").read_text()) for folder in (base, out / "generator"))
+    assert raw_after == raw_before  # class, dtype, begin and end tokens: all as published
+    again, params = load_retriever(str(out / "colbert"), run.cfg.retriever, jax.random.key(0))
+    equal(params, weights["retriever"])
+    assert again == run.retriever and config_io.load(str(run.directory / "config.yaml")) == run.cfg
