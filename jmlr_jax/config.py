@@ -208,7 +208,7 @@ class WarmupConfig(Strict):
 
     One passage is read at a time, the rank loss is off. With probability `distant_share` it is one that BM25 finds for
     question and right answer together (distant supervision: the answer is a training label, the gold passage is not
-    used); else one of the training candidates, which teaches the reader not to trust whatever it reads. With
+    used); else one that BM25 finds for the question alone, or a random one: not everything read is to be trusted. With
     `rename` the words that occur in answers are exchanged at random in each example, alike in passage, options and
     answer: no fact can be memorised and reading is the only way to a lower loss. 0 steps for a pre-trained generator.
     """

@@ -26,16 +26,21 @@ RESOLVED_NAME = "config.yaml"
 
 MAY_CHANGE_ON_RESUME = (
     "run_dir",
-    "train.steps",
-    "train.checkpoint_steps",
     "train.keep_last",
-    "train.eval_steps",
-    "train.log_steps",
     "train.max_skipped_in_row",
-    "eval",
+    "eval.split",
+    "eval.arms",
+    "eval.batch_size",
+    "eval.max_questions",
+    "eval.bootstrap",
+    "eval.recall_at",
     "mesh",
 )
-"""Keys (or whole sections) that a run may be resumed with another value of; any other makes it another run."""
+"""Keys (or whole sections) that a run may be resumed with another value of; any other makes it another run.
+
+Not among them is what decides the weights or the lines of ``metrics.jsonl``: the steps (the learning rate's schedule),
+the steps between logs and checkpoints (where the dev loss is taken), and which checkpoint a phase ends with.
+"""
 
 COMMAND_LINE = "command line"
 EXPECTED = {  # in the reader's words, by pydantic's name of the error

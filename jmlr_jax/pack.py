@@ -61,7 +61,7 @@ def read_prompt(
     """
     tail = [(batch["question_ids_BxS"], batch["question_len_B"])] + ([] if answer is None else [answer])
     length_BxK = batch["reader_len_BxK"]
-    room_B = total - 1 - sum(length_B for _, length_B in tail)
+    room_B = jnp.asarray(total - 1 - sum(length_B for _, length_B in tail))
     keep_BxK = jnp.cumsum(length_BxK, axis=1) <= room_B[:, None]
     dropped_B = jnp.sum((length_BxK > 0) & ~keep_BxK, axis=1)
     length_BxK = jnp.where(keep_BxK, length_BxK, 0)

@@ -62,7 +62,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
         ShardingError: two axes are -1, a size is neither positive nor -1, or the sizes do not multiply to the devices.
     """
     found = list(jax.devices() if devices is None else devices)
-    sizes = {name: getattr(cfg, name) for name in MESH_AXES}
+    sizes = dict(zip(MESH_AXES, (cfg.data, cfg.fsdp, cfg.tensor), strict=True))
     bad = [f"mesh.{name}={size}" for name, size in sizes.items() if size < 1 and size != -1]
     if bad:
         raise ShardingError(f"{', '.join(bad)}: an axis has a positive size, or -1 to take what the others leave")

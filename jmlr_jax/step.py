@@ -20,14 +20,13 @@ from jmlr_jax import lora
 from jmlr_jax.config import LlamaConfig, LoraConfig, RetrieverConfig, TrainConfig
 from jmlr_jax.losses import answer_nll, pair_accuracy, rank_loss, sampling_entropy
 from jmlr_jax.nn.functional import encode_passages, encode_queries, llama_hidden, llama_logits
-from jmlr_jax.nn.layers import Params
 from jmlr_jax.pack import read_prompt
 from jmlr_jax.scoring import maxsim, minmax, sample, top
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
 State = dict[str, Any]
-Weights = dict[str, Params]
+Weights = dict[str, Any]  # halves by name, and skip_V
 StepFn = Callable[[State, Weights, Batch], tuple[State, Metrics]]
 
 QUESTION_KEYS = ("question_ids_BxS", "question_len_B", "answer_ids_BxA", "answer_len_B")

@@ -230,7 +230,7 @@ def make_world(cfg: WorldConfig, seed: int) -> World:
                         meta={"group": f"c{c}"},
                     )
                 )
-    stats = {
+    stats: dict[str, int | float] = {
         "conditions": len(pairs),
         "test_conditions": sum(s == "test" for s in split_of.values()),
         "relations": len(RELATIONS),

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jmlr_jax.config import BertConfig
 from jmlr_jax.nn.attention import attend
-from jmlr_jax.nn.layers import embedding, fan_in, layer_norm, ones, project, scan_layers, stack, weight, zeros
+from jmlr_jax.nn.layers import embedding, faint, fan_in, layer_norm, ones, project, scan_layers, stack, weight, zeros
 from jmlr_jax.sharding import constrain
 
 HIDDEN = ("encoder_batch", "length", "hidden")
@@ -19,6 +19,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
+
+
+# A fresh encoder starts near a matcher of words: what a layer adds, and where a token stands, change its vector little.
+# Larger starts bury the only thing a retriever from nothing has to go by.
+QUIET = 0.2
 
 
 class BertLayer(nnx.Module):
@@ -32,13 +37,13 @@ class BertLayer(nnx.Module):
         for name in "qkv":
             setattr(self, name, weight(rngs, (D, H, E), inward, fan_in(1), t))
             setattr(self, f"{name}_bias", weight(rngs, (H, E), inward[1:], zeros, t))
-        self.o = weight(rngs, (H, E, D), ("encoder_heads", "head_dim", "embed"), fan_in(2), t)
+        self.o = weight(rngs, (H, E, D), ("encoder_heads", "head_dim", "embed"), fan_in(2, QUIET), t)
         self.o_bias = weight(rngs, (D,), ("norm",), zeros, t)
         self.attn_norm = weight(rngs, (D,), ("norm",), ones, t)
         self.attn_norm_bias = weight(rngs, (D,), ("norm",), zeros, t)
         self.up = weight(rngs, (D, F), ("embed", "encoder_mlp"), fan_in(1), t)
         self.up_bias = weight(rngs, (F,), ("encoder_mlp",), zeros, t)
-        self.down = weight(rngs, (F, D), ("encoder_mlp", "embed"), fan_in(1), t)
+        self.down = weight(rngs, (F, D), ("encoder_mlp", "embed"), fan_in(1, QUIET), t)
         self.down_bias = weight(rngs, (D,), ("norm",), zeros, t)
         self.mlp_norm = weight(rngs, (D,), ("norm",), ones, t)
         self.mlp_norm_bias = weight(rngs, (D,), ("norm",), zeros, t)
@@ -64,8 +69,8 @@ class Bert(nnx.Module):
         self.cfg = cfg
         D, t = cfg.hidden_size, cfg.param_dtype
         self.word = weight(rngs, (cfg.vocab_size, D), ("encoder_vocab", "embed"), embedding, t)
-        self.position = weight(rngs, (cfg.max_positions, D), ("positions", "embed"), embedding, t)
-        self.token_type = weight(rngs, (cfg.type_vocab_size, D), ("token_types", "embed"), embedding, t)
+        self.position = weight(rngs, (cfg.max_positions, D), ("positions", "embed"), faint, t)
+        self.token_type = weight(rngs, (cfg.type_vocab_size, D), ("token_types", "embed"), faint, t)
         self.embed_norm = weight(rngs, (D,), ("norm",), ones, t)
         self.embed_norm_bias = weight(rngs, (D,), ("norm",), zeros, t)
         self.layers = stack(lambda r: BertLayer(cfg, r), cfg.num_layers, rngs)

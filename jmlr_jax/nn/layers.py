@@ -27,6 +27,7 @@ Initialiser = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 ones: Initialiser = jax.nn.initializers.ones
 zeros: Initialiser = jax.nn.initializers.zeros
 embedding: Initialiser = jax.nn.initializers.normal(0.02)
+faint: Initialiser = jax.nn.initializers.normal(0.004)  # positions and types, beside the words of an encoder
 
 
 def fan_in(n_in: int, gain: float = 1.0) -> Initialiser:
