@@ -232,17 +232,33 @@ def test_differences() -> None:
     assert differences(a, a) == {}
     found = differences(a, b)
     assert set(found) == {"train.steps", "generator.lora", "eval.recall_at"}
-    assert found["train.steps"] == (400, 3)
+    assert found["train.steps"] == (Config().train.steps, 3)
 
 
 def test_resume() -> None:
     saved = load(None)
-    check_resume(saved, load(None, ["train.steps=3", "eval.split=dev", "mesh.fsdp=1", "run_dir=x"]), "c.yaml")
+    check_resume(saved, load(None, ["train.keep_last=3", "eval.split=dev", "mesh.fsdp=1", "run_dir=x"]), "c.yaml")
     with pytest.raises(ConfigError) as caught:
-        check_resume(saved, load(None, ["train.steps=3", "train.batch_size=64", "seed=4"]), "c.yaml")
+        check_resume(saved, load(None, ["train.keep_last=3", "train.batch_size=64", "seed=4"]), "c.yaml")
     lines = str(caught.value).splitlines()
-    assert lines[:2] == ["c.yaml: seed = 0 there, 4 now", "c.yaml: train.batch_size = 32 there, 64 now"]
+    size = Config().train.batch_size
+    assert lines[:2] == ["c.yaml: seed = 0 there, 4 now", f"c.yaml: train.batch_size = {size} there, 64 now"]
     assert "--run-dir" in lines[2]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.steps=3",  # the learning rate's schedule ends elsewhere
+        "train.log_steps=3",
+        "train.checkpoint_steps=3",  # the dev loss is taken elsewhere
+        "train.dev_questions=3",
+        "eval.checkpoint=best",  # later phases would start from other weights than earlier ones did
+    ],
+)
+def test_what_decides_weights_or_metrics_may_not_change(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.split("=")[0]):
+        check_resume(load(None), load(None, [override]), "c.yaml")
 
 
 def test_keys_that_may_change_exist() -> None:
@@ -262,5 +278,5 @@ def test_field_rows_cover_the_resolved_file() -> None:
 
     resolved = load(None, ["generator.lora={}"]).model_dump(mode="json")
     assert set(leaves(resolved)) <= set(rows)
-    assert rows["train.retriever.learning_rate"].default == "0.002"
+    assert float(rows["train.retriever.learning_rate"].default) == Config().train.retriever.learning_rate
     assert rows["generator.lora"].default == "null" and rows["generator.lora.rank"].default == "128"
