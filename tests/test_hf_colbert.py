@@ -24,6 +24,7 @@ import transformers
 from etils import epath
 from hf_colbert import BERT, CONFIGS, PASSAGES, QUERIES, export
 
+from jmlr_jax import cli
 from jmlr_jax.config import BertConfig, RetrieverConfig
 from jmlr_jax.data.tokenise import tokenise
 from jmlr_jax.data.tokenizers import encoder, load_tokenizer, punctuation_table, retriever_ids
@@ -208,6 +209,27 @@ def test_plain_encoder(head: str, dtype: str, tmp_path: Path) -> None:
     other = load_retriever(str(tmp_path), asked, jax.random.key(1))[1]
     assert params["projection"].shape == (32, 8) and not np.allclose(params["projection"], other["projection"])
     assert abs(float(jnp.std(params["projection"])) - 32**-0.5) < 0.03
+
+
+def test_markers_are_added_to_a_plain_encoder(tmp_path: Path) -> None:
+    """A BertModel whose tokenizer has no markers: `jmlr import` adds them, and the default configuration takes it."""
+    _, _, tokenizer = hf_colbert.retriever("published", tmp_path)
+    known = len(load_tokenizer(tokenizer))
+    hf_models.encoder(tmp_path / "plain", vocab_size=known)
+    load_tokenizer(tokenizer).save_pretrained(tmp_path / "plain")
+    assert (
+        cli.main(
+            ["import", str(tmp_path / "plain"), str(tmp_path / "marked"), "--add-token", "[Q]", "--add-token", "[D]"]
+        )
+        == 0
+    )
+    asked = RetrieverConfig(bert=BertConfig(max_positions=40))
+    ids = retriever_ids(load_tokenizer(str(tmp_path / "marked")), asked)
+    assert (ids.query_marker, ids.passage_marker, ids.vocab_size) == (known, known + 1, known + 2)
+    cfg, params = load_retriever(str(tmp_path / "marked"), asked, jax.random.key(0), tokens=ids.vocab_size)
+    word = np.asarray(params["bert"]["word"])
+    assert cfg.bert.vocab_size == known + 2
+    np.testing.assert_allclose(word[known:], np.broadcast_to(word[:known].mean(0), (2, 32)), atol=1e-6)
 
 
 def test_published_encoder_ranks_real_passages_as_torch_does(shared_data: Path) -> None:
