@@ -14,9 +14,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+WARMUP = "warmup"  # the phase that all arms share
 ARM_COLOURS = {  # told apart with colour-blind eyes too
     "jmlr": "#0072B2",
     "separate": "#009E73",
+    "separate_retriever": "#6BBF9F",
     "frozen": "#D55E00",
     "bm25": "#B5528F",
     "random": "#8A8A8A",
@@ -25,10 +27,12 @@ ARM_COLOURS = {  # told apart with colour-blind eyes too
 ARM_NAMES = {
     "jmlr": "JMLR (joint)",
     "separate": "separately trained",
+    "separate_retriever": "its retriever's stage",
     "frozen": "frozen retriever",
     "bm25": "BM25",
     "random": "random passages",
     "closed_book": "closed book",
+    WARMUP: "all arms",
 }
 _OTHER_COLOUR = "#A08020"
 _INK, _GRID = "#222222", "#E4E4E4"
@@ -46,13 +50,18 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": "#555555",
 }
 
-PANELS = {  # metric in metrics.jsonl -> (title, unit or how to read it)
+PANELS = {  # metric in metrics.jsonl or speed.jsonl -> (title, unit or how to read it)
+    f"{WARMUP}/loss/answer": ("Answer loss in the warm-up", "nats per token, one passage read at a time"),
     "loss/answer": ("Answer loss", "nats per token, lower is better"),
+    "dev/loss": ("Answer loss on dev questions", "nats per token, at each checkpoint"),
     "loss/rank": ("Rank loss", "lower is better"),
     "rank/pair_accuracy": ("Pair accuracy", "passage pairs ordered as the generator judges; 0.5 is chance"),
     "rank/entropy": ("Sampling entropy", "nats; falls as the retriever commits itself"),
     "recall/candidates": ("Gold passage among the candidates", "share of questions"),
-    "speed/tokens_per_s": ("Speed", "tokens per second"),
+    "recall/top1": ("Gold passage first", "share of questions, whole corpus"),
+    "index/staleness": ("Candidates replaced by a refresh", "share of the table"),
+    "speed/questions_per_s": ("Questions", "per second"),
+    "speed/tokens_per_s": ("Tokens read", "per second"),
 }
 
 Curve = Sequence[tuple[int, float]]

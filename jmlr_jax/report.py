@@ -1,9 +1,10 @@
 """From the files of a run to ``report.json``, figures and one self-contained page.
 
-A run directory holds, for each arm, ``arms/ARM/metrics.jsonl`` (what training logged) and ``eval/ARM.json`` with
-``eval/ARM.jsonl`` (from :mod:`jmlr_jax.evaluate`); besides them ``eval/retriever.json``, ``timing.json``,
-``data/prepare.json`` and the resolved configuration. A run over several seeds holds such directories as ``seed_*``.
-What is not there is listed in the report under "missing"; nothing is made up for it.
+A run directory holds, for each phase of training, ``arms/PHASE/metrics.jsonl`` and ``speed.jsonl``; for each arm
+``eval/ARM.json`` with ``eval/ARM.jsonl`` (from :mod:`jmlr_jax.evaluate`); besides them ``eval/retriever.json``,
+``timing.json``, ``data/prepare.json`` and the resolved configuration. A run over several seeds holds such directories as
+``seed_*``. What is not there is listed in the report under "missing"; nothing is
+made up for it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from rich.table import Table
 from jmlr_jax.config import ArmName
 from jmlr_jax.config_io import RESOLVED_NAME
 from jmlr_jax.errors import JmlrError
-from jmlr_jax.figures import Curve, accuracy_figure, arm_name, retriever_figure, training_figure
+from jmlr_jax.figures import WARMUP, Curve, accuracy_figure, arm_name, retriever_figure, training_figure
 from jmlr_jax.metrics import bootstrap_interval, paired_bootstrap
 
 PathLike = str | os.PathLike[str]
@@ -40,7 +41,7 @@ class SeedRun:
     """What one run directory holds; absent files leave their field empty and a line in ``missing``."""
 
     name: str
-    curves: dict[str, dict[str, Curve]] = field(default_factory=dict)  # arm -> metric -> curve
+    curves: dict[str, dict[str, Curve]] = field(default_factory=dict)  # phase -> metric -> curve
     summaries: dict[str, dict[str, Any]] = field(default_factory=dict)  # arm -> eval/ARM.json
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # arm -> eval/ARM.jsonl
     retriever: dict[str, Any] = field(default_factory=dict)
@@ -71,7 +72,7 @@ def report(run_dir: PathLike, *, resamples: int = 2000, quiet: bool = False) -> 
     summary = summarise(runs, resamples)
     figures = {
         "accuracy.png": accuracy_figure(summary["arms"], summary.get("chance")) if summary["arms"] else None,
-        "training.png": training_figure(_curves_by_metric(runs)),
+        "training.png": training_figure(curves_by_metric(runs)),
         "retriever.png": retriever_figure(summary["retriever"]),
     }
     for name, png in figures.items():
@@ -101,7 +102,8 @@ def read_run(folder: epath.Path, name: str) -> SeedRun:
         run.rows |= {arm: rows} if (rows := _read_jsonl(folder / "eval" / f"{arm}.jsonl", run)) else {}
     arms = folder / "arms"
     for path in sorted(arms.iterdir()) if arms.is_dir() else ():
-        run.curves[path.name] = _curves(_read_jsonl(path / "metrics.jsonl", run))
+        logged = [row for name in ("metrics.jsonl", "speed.jsonl") for row in _read_jsonl(path / name, run)]
+        run.curves[path.name] = _curves(logged)
     return run
 
 
@@ -227,12 +229,14 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
     return {metric: sorted(by_step.items()) for metric, by_step in points.items()}
 
 
-def _curves_by_metric(runs: Sequence[SeedRun]) -> dict[str, dict[str, list[Curve]]]:
+def curves_by_metric(runs: Sequence[SeedRun]) -> dict[str, dict[str, list[Curve]]]:
+    """Metric -> phase -> a curve of each seed; the warm-up reads something else than the arms and stands apart."""
     by_metric: dict[str, dict[str, list[Curve]]] = {}
     for run in runs:
-        for arm, curves in run.curves.items():
+        for phase, curves in run.curves.items():
             for metric, curve in curves.items():
-                by_metric.setdefault(metric, {}).setdefault(arm, []).append(curve)
+                name = f"{WARMUP}/{metric}" if phase == WARMUP else metric
+                by_metric.setdefault(name, {}).setdefault(phase, []).append(curve)
     return by_metric
 
 

@@ -58,6 +58,7 @@ def setting(tmp_path_factory):
             "generator.tokenizer_vocab=300",
             "generator.max_length=256",
             "generator.passage_length=48",
+            "generator.question_length=64",
             "generator.answer_length=12",
             "eval.batch_size=4",
             "eval.bootstrap=200",

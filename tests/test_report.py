@@ -2,13 +2,17 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
+from jmlr_jax import figures
 from jmlr_jax.errors import JmlrError
+from jmlr_jax.figures import PANELS
 from jmlr_jax.metrics import bootstrap_interval
-from jmlr_jax.report import ARMS, report
+from jmlr_jax.report import ARMS, curves_by_metric, read_run, report
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 
@@ -52,7 +56,9 @@ def write_arm(folder, arm, accuracy, n=40, seed=0, evil=False):
     (folder / "eval" / f"{arm}.json").write_text(json.dumps(summary))
     lines = [{"step": s, "loss/answer": 3.0 / (1 + s), "rank/pair_accuracy": 0.5 + s / 100} for s in range(30)]
     (folder / "arms" / arm).mkdir(parents=True)
+    lines.append({"step": 20, "dev/loss": 0.5 + seed})
     (folder / "arms" / arm / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "arms" / arm / "speed.jsonl").write_text(json.dumps({"step": 10, "speed/tokens_per_s": 100.0}) + "\n")
     return mean, rows
 
 
@@ -146,6 +152,30 @@ def test_figures_are_images(full):
     for name in ("accuracy.png", "training.png", "retriever.png"):
         assert (root / name).read_bytes().startswith(b"\x89PNG")
     assert not list(root.glob(".*partial"))
+
+
+def test_curves_come_from_both_files_and_the_warmup_stands_apart(tmp_path):
+    write_arm(tmp_path, "jmlr", 0.8)
+    (tmp_path / "arms" / "warmup").mkdir()
+    (tmp_path / "arms" / "warmup" / "metrics.jsonl").write_text('{"step": 7, "loss/answer": 2.0}\n')
+    run = read_run(epath.Path(tmp_path), "run")
+    jmlr = run.curves["jmlr"]
+    assert jmlr["speed/tokens_per_s"] == [(10, 100.0)] and jmlr["dev/loss"] == [(20, 0.5)]
+    assert len(jmlr["loss/answer"]) == 30
+    assert "run: warmup/speed.jsonl" in run.missing and "run: warmup/metrics.jsonl" not in run.missing
+    drawn = curves_by_metric([run])
+    assert drawn["warmup/loss/answer"] == {"warmup": [[(7, 2.0)]]} and set(drawn["loss/answer"]) == {"jmlr"}
+    assert {"warmup/loss/answer", "dev/loss", "speed/tokens_per_s"} <= PANELS.keys() & drawn.keys()
+
+
+def test_what_training_logs_has_a_panel():
+    """Names are agreed on between three files; a renamed metric would vanish from the figure unnoticed."""
+    package = Path(figures.__file__).parent
+    logging = "".join(
+        (package / name).read_text() for name in ("step.py", "tables.py", "metrics_log.py", "checkpoint.py")
+    )
+    for metric in PANELS:
+        assert f'"{metric.removeprefix("warmup/")}"' in logging, metric
 
 
 def test_single_run_directory_with_gaps(tmp_path, capsys):
