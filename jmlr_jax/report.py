@@ -2,9 +2,8 @@
 
 A run directory holds, for each phase of training, ``arms/PHASE/metrics.jsonl`` and ``speed.jsonl``; for each arm
 ``eval/ARM.json`` with ``eval/ARM.jsonl`` (from :mod:`jmlr_jax.evaluate`); besides them ``eval/retriever.json``,
-``timing.json``, ``data/prepare.json`` and the resolved configuration. A run over several seeds holds such directories as
-``seed_*``. What is not there is listed in the report under "missing"; nothing is
-made up for it.
+``timing.json``, ``data/prepare.json`` and the resolved configuration. A run over several seeds holds such directories
+as ``seed_*``. What is not there is listed in the report under "missing"; nothing is made up for it.
 """
 
 from __future__ import annotations

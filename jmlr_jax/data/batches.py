@@ -15,7 +15,7 @@ import grain
 import numpy as np
 
 from jmlr_jax.data.builders import Records, read_passages, read_questions_split
-from jmlr_jax.data.schema import SPLITS, Passage, Question
+from jmlr_jax.data.schema import SPLITS, InputError, Passage, Question
 from jmlr_jax.data.token_table import TokenTable
 from jmlr_jax.data.tokenizers import GeneratorIds, RetrieverIds
 
@@ -164,12 +164,12 @@ def question_stream(n: int, batch: int, seed: int, host_index: int, host_count: 
     number of hosts. ``get_state()`` is a small JSON-able dict; ``set_state`` continues exactly there.
 
     Raises:
-        ValueError: if there is no question, or the batch does not divide among the hosts.
+        InputError: if there is no question, or the batch does not divide among the hosts.
     """
     if n < 1:
-        raise ValueError("no questions in this split")
+        raise InputError("no questions in this split")
     if batch < 1 or batch % host_count:
-        raise ValueError(f"train.batch_size={batch} does not divide among {host_count} hosts")
+        raise InputError(f"train.batch_size={batch} does not divide among {host_count} hosts")
     share = batch // host_count
     mine = slice(host_index * share, (host_index + 1) * share)
     rows = grain.MapDataset.range(n).seed(seed).shuffle().repeat().batch(batch).map(lambda all_hosts: all_hosts[mine])

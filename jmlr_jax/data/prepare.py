@@ -26,7 +26,7 @@ from jmlr_jax.data import prepare_report
 from jmlr_jax.data.batches import CARD
 from jmlr_jax.data.builders import write_corpus, write_questions
 from jmlr_jax.data.prompts import Prompts, check_templates
-from jmlr_jax.data.schema import SPLITS, Passage, Question
+from jmlr_jax.data.schema import SPLITS, InputError, Passage, Question
 from jmlr_jax.data.sources import Sources, read_sources
 from jmlr_jax.data.token_table import TokenTable, save_array
 from jmlr_jax.data.tokenise import CutCount, Misfit, tokenise, tokenise_answers, tokenise_questions
@@ -56,7 +56,7 @@ def prepare(cfg: Config, out_dir: str | Path, console: Console | None = None) ->
 
     Raises:
         RecordError, TemplateError, TokenizerError: see those.
-        ValueError: no questions, no passages, a path missing in the configuration, or questions that do not fit their
+        InputError: no questions, no passages, a path missing in the configuration, or questions that do not fit their
             configured lengths while ``data.on_error`` is ``stop``.
         FileNotFoundError: an input file is not there.
     """
@@ -165,7 +165,7 @@ class _Tables:
         if misfits:
             if self.cfg.data.on_error == "stop":
                 worst = max(misfits, key=lambda misfit: misfit.needed / misfit.limit)
-                raise ValueError(
+                raise InputError(
                     f"{split}: {len(misfits)} pieces of questions do not fit, the worst: {worst}. Raise {worst.key} to "
                     f"{worst.needed}, or set data.on_error=skip to leave such questions out"
                 )
@@ -193,7 +193,7 @@ class _Tables:
 
 def _check_vocabulary(key: str, configured: int, needed: int) -> None:
     if configured and configured < needed:
-        raise ValueError(f"{key}.vocab_size={configured} is below the tokenizer's {needed}; 0 takes the tokenizer's")
+        raise InputError(f"{key}.vocab_size={configured} is below the tokenizer's {needed}; 0 takes the tokenizer's")
 
 
 def _make_tokenizers(cfg: Config, prompts: Prompts, sources: Sources, out: Path) -> None:

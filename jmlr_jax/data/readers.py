@@ -29,7 +29,7 @@ from typing import Any, Literal, TypeVar
 from etils import epath
 
 from jmlr_jax.data import fields, published
-from jmlr_jax.data.schema import LETTERS, FieldError, Passage, Question, RecordError
+from jmlr_jax.data.schema import LETTERS, FieldError, InputError, Passage, Question, RecordError
 
 OnError = Literal["stop", "skip"]
 Format = Literal["medqa", "medmcqa", "mmlu", "pubmedqa", "mirage", "jsonl", "csv", "tsv"]
@@ -133,7 +133,7 @@ def read_corpus(path: str, on_error: OnError = "stop") -> tuple[list[Passage], R
     if suffix in (".csv", ".tsv"):
         rows = _table(path, "\t" if suffix == ".tsv" else ",", ("id", "text"))
         return _collect(rows, lambda _, value: passage(value), on_error, report), report
-    raise ValueError(f"{path}: a corpus is a .jsonl, .csv or .tsv file, not {suffix or 'a file without suffix'!r}")
+    raise InputError(f"{path}: a corpus is a .jsonl, .csv or .tsv file, not {suffix or 'a file without suffix'!r}")
 
 
 def _collect(

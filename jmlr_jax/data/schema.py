@@ -1,4 +1,4 @@
-"""The two records everything else in ``jmlr_jax.data`` speaks of, and the error a bad one raises."""
+"""The two records everything else in ``jmlr_jax.data`` speaks of, and the errors of bad input."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ class FieldError(JmlrError, ValueError):
     def at(self, file: str, line: int) -> RecordError:
         """The same complaint with its place."""
         return RecordError(file, line, self.field, self.expected, self.got)
+
+
+class InputError(JmlrError, ValueError):
+    """What was given as a whole cannot be used: no questions, no passages, repeated ids, lengths that do not fit."""
 
 
 def _require_text(name: str, value: object) -> None:

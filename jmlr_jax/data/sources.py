@@ -12,7 +12,7 @@ from etils import epath
 from jmlr_jax.config import Config
 from jmlr_jax.data.leakage import LeakageReport, filter_leaks
 from jmlr_jax.data.readers import ReadReport, read_corpus, read_questions
-from jmlr_jax.data.schema import SPLITS, Passage, Question
+from jmlr_jax.data.schema import SPLITS, InputError, Passage, Question
 from jmlr_jax.data.split import split_corpus
 
 Questions = dict[str, list[Question]]
@@ -35,7 +35,7 @@ def read_sources(cfg: Config) -> Sources:
 
     Raises:
         RecordError: a record that cannot be read.
-        ValueError: no questions, no passages, or an id used twice.
+        InputError: no questions, no passages, or an id used twice.
         FileNotFoundError: an input file is not there.
     """
     data = cfg.data
@@ -62,14 +62,14 @@ def read_sources(cfg: Config) -> Sources:
             documents, report = read_corpus(_existing("data.corpus_path", data.corpus_path), data.on_error)
             notes["read"].append(_read_notes(report))
     if not any(questions.values()):
-        raise ValueError("no questions: set data.train_path, data.dev_path or data.test_path")
+        raise InputError("no questions: set data.train_path, data.dev_path or data.test_path")
     if not documents:
-        raise ValueError(f"no passages: data.questions={data.questions} has none of its own, set data.corpus_path")
+        raise InputError(f"no passages: data.questions={data.questions} has none of its own, set data.corpus_path")
     repeated = _repeated(question.id for split in SPLITS for question in questions[split])
     if repeated:
-        raise ValueError(f"the question id {repeated!r} stands in more than one split")
+        raise InputError(f"the question id {repeated!r} stands in more than one split")
     if repeated := _repeated(document.id for document in documents):
-        raise ValueError(f"the passage id {repeated!r} stands twice in the corpus")
+        raise InputError(f"the passage id {repeated!r} stands twice in the corpus")
 
     passages, pieces_of = split_corpus(documents, data.passage_words)
     questions = {split: [_with_pieces(question, pieces_of) for question in questions[split]] for split in SPLITS}
@@ -80,7 +80,7 @@ def read_sources(cfg: Config) -> Sources:
     notes |= {"documents": len(documents), "documents_split": len(pieces_of), "gold_ids_not_in_corpus": missing}
     kept, leakage = filter_leaks(passages, questions, data.leakage_ngram)
     if not kept:
-        raise ValueError(f"data.leakage_ngram={data.leakage_ngram} removed every passage; raise it, or 0 for no filter")
+        raise InputError(f"data.leakage_ngram={data.leakage_ngram} removed every passage; raise it, or 0 for no filter")
     return Sources(questions, kept, leakage, notes)
 
 

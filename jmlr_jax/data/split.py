@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 
-from jmlr_jax.data.schema import Passage
+from jmlr_jax.data.schema import InputError, Passage
 
 # A sentence ends at . ! or ?, closing quotes and brackets included, where white space follows; so does a paragraph.
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+|\n\s*\n\s*")
@@ -37,7 +37,7 @@ def split_corpus(documents: Iterable[Passage], max_words: int) -> tuple[list[Pas
     """Splits every document; also returns, for each one that was cut, the ids of its pieces.
 
     Raises:
-        ValueError: if a piece's id is already another document's.
+        InputError: if a piece's id is already another document's.
     """
     passages: list[Passage] = []
     pieces_of: dict[str, list[str]] = {}
@@ -50,7 +50,7 @@ def split_corpus(documents: Iterable[Passage], max_words: int) -> tuple[list[Pas
     taken = [passage.id for passage in passages if passage.id in made]
     if len(taken) > len(made):
         clash = next(id_ for id_ in taken if taken.count(id_) > 1)
-        raise ValueError(f"corpus: the id {clash!r} of a document is also that of a piece of a longer one; rename it")
+        raise InputError(f"corpus: the id {clash!r} of a document is also that of a piece of a longer one; rename it")
     return passages, pieces_of
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jmlr_jax.data.schema import InputError
+
 
 @dataclass(frozen=True)
 class TokenTable:
@@ -57,7 +59,7 @@ class TokenTable:
             int32 ids [..., length] and int32 lengths [...].
 
         Raises:
-            ValueError: if a row is longer than ``length``: rows were cut when the table was made, not here.
+            InputError: if a row is longer than ``length``: rows were cut when the table was made, not here.
             IndexError: if a row number is outside the table.
         """
         rows = np.asarray(rows)
@@ -66,7 +68,7 @@ class TokenTable:
         begin = self.offsets[rows]  # -1 reads the last offset, where nothing begins
         lengths = np.where(rows >= 0, self.offsets[np.minimum(rows + 1, len(self))] - begin, 0)
         if lengths.size and lengths.max() > length:
-            raise ValueError(f"a row of {lengths.max()} tokens in a table opened at {length}: run `jmlr prepare` again")
+            raise InputError(f"a row of {lengths.max()} tokens in a table opened at {length}: run `jmlr prepare` again")
         column = np.arange(length)
         present = column < lengths[..., None]
         ids = np.full(present.shape, pad_id, np.int32)

@@ -21,7 +21,7 @@ import random
 from dataclasses import dataclass
 
 from jmlr_jax.config import WorldConfig
-from jmlr_jax.data.schema import Passage, Question
+from jmlr_jax.data.schema import InputError, Passage, Question
 
 LAY_ORGANS = (
     "kidney liver heart lung stomach skin eye ear bone muscle nerve spleen tongue joint throat bladder "
@@ -182,13 +182,13 @@ def make_world(cfg: WorldConfig, seed: int) -> World:
       seed: everything, names included, follows from it.
 
     Raises:
-      ValueError: more conditions than combinations, or so few that a part would be unseen in training.
+      InputError: more conditions than combinations, or so few that a part would be unseen in training.
     """
     rng = random.Random(seed)
     taken: set[str] = set()
     n_o, n_p = len(LAY_ORGANS), len(LAY_PROCESSES)
     if not 32 <= cfg.conditions <= n_o * n_p:
-        raise ValueError(f"data.world.conditions={cfg.conditions}: expected 32 to {n_o * n_p}")
+        raise InputError(f"data.world.conditions={cfg.conditions}: expected 32 to {n_o * n_p}")
     organs = list(zip(_words(rng, n_o, 2, ("ic", "al"), taken), LAY_ORGANS, strict=True))
     processes = list(zip(_words(rng, n_p, 2, ("osis", "oma", "itis"), taken), LAY_PROCESSES, strict=True))
     values = {r.name: _words(rng, cfg.values, 2, r.endings, taken) for r in RELATIONS}
