@@ -30,6 +30,17 @@ SHAPE = {
     "tie_word_embeddings": False,
     "attn_implementation": "eager",
 }
+# Of transformers' SHAPE; one for all tests that need no other, so that what is compiled is shared.
+SMALL = LlamaConfig(
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    max_positions=64,
+    tie_embeddings=True,
+)
 
 
 def rope(kind: str, **more: float) -> dict:
@@ -115,8 +126,9 @@ def test_gradients_equal_transformers(remat: str) -> None:
 @pytest.mark.parametrize("window", [None, 4])
 def test_a_position_depends_on_exactly_the_tokens_it_may_see(window: int | None) -> None:
     """Gradient of one output with respect to the embedding of each input token (all tokens distinct)."""
-    cfg = LlamaConfig(vocab_size=V, num_layers=1, sliding_window=window, tie_embeddings=False)
+    cfg = SMALL.model_copy(update={"num_layers": 1})
     params = F.init_llama(cfg, jax.random.key(0))
+    cfg = cfg.model_copy(update={"sliding_window": window})
     ids, at = jnp.arange(12)[None], 7
 
     def output(embed: jax.Array) -> jax.Array:
@@ -128,7 +140,7 @@ def test_a_position_depends_on_exactly_the_tokens_it_may_see(window: int | None)
 
 
 def test_padding_changes_nothing_and_comes_out_zero() -> None:
-    cfg = LlamaConfig(vocab_size=V, num_kv_heads=2)
+    cfg = SMALL
     params = F.init_llama(cfg, jax.random.key(0))
     ids = tokens()
     other = np.where(np.arange(T) < LENGTHS[:, None], ids, tokens(1))
@@ -140,7 +152,7 @@ def test_padding_changes_nothing_and_comes_out_zero() -> None:
 
 
 def test_logits_where_asked_equal_logits_everywhere() -> None:
-    cfg = LlamaConfig(vocab_size=V)
+    cfg = SMALL
     params = F.init_llama(cfg, jax.random.key(0))
     hidden = llama_hidden(params, cfg, tokens(), LENGTHS)
     everywhere = llama_logits(params, cfg, hidden)
@@ -164,7 +176,7 @@ def test_cache_in_pieces_equals_one_pass(name: str) -> None:
 
 
 def test_bfloat16_stays_close_and_keeps_its_dtypes() -> None:
-    cfg = LlamaConfig(vocab_size=V)
+    cfg = SMALL
     params = F.init_llama(cfg, jax.random.key(0))
     half = cfg.model_copy(update={"dtype": "bfloat16", "param_dtype": "bfloat16"})
     low = F.init_llama(half, jax.random.key(0))
@@ -177,8 +189,9 @@ def test_bfloat16_stays_close_and_keeps_its_dtypes() -> None:
 
 
 def test_rows_declare_the_trees() -> None:
-    cfg = LlamaConfig(vocab_size=V, num_layers=3, qkv_bias=True, qk_norm=True, tie_embeddings=False)
-    params = jax.tree.map(lambda x: (x.shape, x.dtype), F.init_llama(cfg, jax.random.key(0)))
+    cfg = SMALL.model_copy(update={"num_layers": 3, "qkv_bias": True, "qk_norm": True, "tie_embeddings": False})
+    made = jax.eval_shape(lambda key: F.init_llama(cfg, key), jax.random.key(0))
+    params = jax.tree.map(lambda x: (x.shape, x.dtype), made)
     assert params == jax.tree.map(lambda x: (x.shape, x.dtype), F.abstract_params(cfg))
     axes = F.logical_axes(cfg)
     assert axes["layers"]["o"] == ("layers", "heads", "head_dim", "embed")
@@ -188,7 +201,7 @@ def test_rows_declare_the_trees() -> None:
 
 
 def test_layers_start_different_and_keys_decide() -> None:
-    cfg = LlamaConfig(vocab_size=V)
+    cfg = SMALL.model_copy(update={"num_kv_heads": 4})  # keys of the shape of queries
     one, again, other = (F.init_llama(cfg, jax.random.key(k)) for k in (0, 0, 1))
     q = one["layers"]["q"]
     assert not np.allclose(q[0], q[1]) and not np.allclose(one["layers"]["k"], q)
@@ -197,10 +210,10 @@ def test_layers_start_different_and_keys_decide() -> None:
 
 
 def test_parameters_that_do_not_fit_are_named() -> None:
-    cfg = LlamaConfig(vocab_size=V)
+    cfg = SMALL
     params = F.init_llama(cfg, jax.random.key(0))
     extra = params | {"lm_head": params["embed"], "final_norm": jnp.ones(3)}
-    with pytest.raises(ValueError, match=r"lm_head unknown; final_norm is \(3,\), not \(64,\)"):
+    with pytest.raises(ValueError, match=r"lm_head unknown; final_norm is \(3,\), not \(32,\)"):
         logits(extra, cfg, tokens(), LENGTHS)
     with pytest.raises(ValueError, match="vocab_size is 0"):
         F.init_llama(LlamaConfig(), jax.random.key(0))

@@ -151,7 +151,7 @@ def test_long_questions_lose_their_beginning_only(generator):
         table, cut, misfits = tokenise_questions(engine, prompts, [question])
         text = generator.decode(table.row(0))
         assert not misfits and len(table.row(0)) <= limit
-        assert text.startswith("\nMy Question:\n") and text.endswith("the liver?\nA) rest B) wine")
+        assert text.startswith("\nMy Question:\n") and text.endswith("the liver?\nA) rest B) wine\nAnswer:")
         assert (cut.cut, cut.tokens_lost) == ((0, 0) if limit == full else (1, full - len(table.row(0))))
 
 
@@ -197,7 +197,9 @@ def test_templates_are_checked():
 def test_braces_in_text_are_plain_text():
     prompts = Prompts(RetrieverConfig(), GeneratorConfig())
     question = Question("1", "{options} {0} {", ("{a}", "}"), "{a}", 0)
-    assert prompts.question(question.question, question.options) == "\nMy Question:\n{options} {0} {\nA) {a} B) }"
+    assert prompts.question(question.question, question.options) == (
+        "\nMy Question:\n{options} {0} {\nA) {a} B) }\nAnswer:"
+    )
     assert prompts.answer(question) == " {a}"
     assert prompts.reference(Passage("1", "{title}", "{text}")) == "\nReference:\n{title}. {text}"
 
