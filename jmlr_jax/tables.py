@@ -152,11 +152,12 @@ class Candidates:
     def state(self) -> dict[str, np.ndarray]:
         """What a checkpoint holds of this object; the step of the refresh under way is -1 if there is none."""
         pending = -1 if self._pending is None else self._pending[0]
-        return {"train": self.train_NxK, "dev": self.dev_nxK, "pending": np.array(pending, np.int32)}
+        tables = {"train": self.train_NxK, "pending": np.array(pending, np.int32)}
+        return tables | ({"dev": self.dev_nxK} if self.dev_nxK.size else {})  # Orbax saves no empty arrays
 
     def restore(self, state: dict[str, np.ndarray], metrics: dict[str, float]) -> None:
         """Continues from :meth:`state`; a refresh that was under way is read from its file."""
-        self.train_NxK, self.dev_nxK = np.array(state["train"]), np.array(state["dev"])
+        self.train_NxK, self.dev_nxK = np.array(state["train"]), np.array(state.get("dev", self.dev_nxK))
         self.metrics = dict(metrics)
         step = int(state["pending"])
         if step >= 0:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -78,30 +78,31 @@ def _train(run: Run, phase: Phase, folder: Path, console: Console) -> None:
     if done == 0 and loop.candidates is not None:
         _refresh(run, loop, stream, 0)
         loop.candidates.adopt()
-    stop = _on_sigterm()
     refresh = cfg.refresh_steps if phase.passages == "live" else 0
-    with MetricsLog(folder, phase.name, steps, cfg.log_steps, cfg.batch_size, done) as log:
-        for step in range(done, steps):
-            if refresh and loop.candidates and step and step % refresh == 0:
-                _refresh(run, loop, stream, step)
-            if refresh and loop.candidates and step > refresh and step % refresh == cfg.refresh_delay:
-                loop.candidates.adopt()
-            placed = _place(run, loop.batch(step, next(stream)))
-            loop.state, metrics = loop.step(loop.state, loop.frozen, placed)
-            extra = dict(loop.candidates.metrics) if refresh and loop.candidates else {}
-            _check_finite(log.push(step + 1, metrics, extra), cfg.max_skipped_in_row)
-            last = step + 1 == steps
-            if last or stop.is_set() or (step + 1) % cfg.checkpoint_steps == 0:
-                _check_finite(log.flush(), cfg.max_skipped_in_row)
-                _checkpoint(run, loop, checkpoints, stream, step + 1, log)
-            if stop.is_set() and not last:
-                checkpoints.close()
-                raise TrainingStopped(
-                    f"SIGTERM: {phase.name} saved at step {step + 1} of {steps}; the same command continues"
-                )
-    checkpoints.close()
-    if loop.candidates is not None:
-        loop.candidates.close()
+    try:
+        with MetricsLog(folder, phase.name, steps, cfg.log_steps, cfg.batch_size, done) as log, _sigterm() as stop:
+            for step in range(done, steps):
+                if refresh and loop.candidates and step and step % refresh == 0:
+                    _refresh(run, loop, stream, step)
+                if refresh and loop.candidates and step > refresh and step % refresh == cfg.refresh_delay:
+                    loop.candidates.adopt()
+                placed = _place(run, loop.batch(step, next(stream)))
+                loop.state, metrics = loop.step(loop.state, loop.frozen, placed)
+                extra = dict(loop.candidates.metrics) if refresh and loop.candidates else {}
+                _check_finite(log.push(step + 1, metrics, extra), cfg.max_skipped_in_row)
+                last, stopped = step + 1 == steps, stop.is_set()
+                planned = last or (step + 1) % cfg.checkpoint_steps == 0
+                if planned or stopped:
+                    _check_finite(log.flush(), cfg.max_skipped_in_row)
+                    _checkpoint(run, loop, checkpoints, stream, step + 1, log, planned)
+                if stopped and not last:
+                    raise TrainingStopped(
+                        f"SIGTERM: {phase.name} saved at step {step + 1} of {steps}; the same command continues"
+                    )
+    finally:  # what was saved before an error is worth keeping
+        checkpoints.close()
+        if loop.candidates is not None:
+            loop.candidates.close()
     _finish(run, loop, checkpoints, folder)
 
 
@@ -209,14 +210,17 @@ def _place(run: Run, batch: Batch) -> dict[str, jax.Array]:
     return {name: jax.make_array_from_process_local_data(placed, x) for name, x in batch.items()}
 
 
-def _checkpoint(run: Run, loop: Loop, checkpoints: Checkpoints, stream: Any, step: int, log: MetricsLog) -> None:
+def _checkpoint(
+    run: Run, loop: Loop, checkpoints: Checkpoints, stream: Any, step: int, log: MetricsLog, planned: bool
+) -> None:
     """Saves everything, after any refresh under way has been written: resuming never needs weights that are gone."""
     notes: dict[str, Any] = {"data": stream.get_state(), "table_metrics": {}}
     tables = {"none": np.zeros(1, np.int32)}
     if loop.candidates is not None:
         loop.candidates.wait()
         tables, notes["table_metrics"] = loop.candidates.state(), loop.candidates.metrics
-    loss = _dev_loss(run, loop)
+    # Not where SIGTERM stops the loop: an interrupted run writes what an uninterrupted one does.
+    loss = _dev_loss(run, loop) if planned else None
     if loss is not None:
         notes[DEV_LOSS] = loss
         log.note(step, {DEV_LOSS: loss})
@@ -275,13 +279,15 @@ def _finish(run: Run, loop: Loop, checkpoints: Checkpoints, folder: Path) -> Non
     part.rename(folder / "weights")
 
 
-def _on_sigterm() -> threading.Event:
-    """An event that SIGTERM sets, as a TPU VM sends it before it is taken away."""
+@contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, as a TPU VM sends it before it is taken away; outside, SIGTERM ends the program."""
     stop = threading.Event()
-
-    def handle(_signal: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handle)
-    return stop
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -27,6 +27,18 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data of the tiny world, to be given to ``runs.open_run``; made once, never changed."""
+    from runs import tiny_config
+
+    from jmlr_jax.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("tiny") / "data"
+    prepare(tiny_config(folder.parent), folder)
+    return folder
+
+
 def _note(report: pytest.TestReport | pytest.CollectReport) -> None:
     """Remember a test that did not truly run: skipped for any reason but missing shared data, or marked xfail."""
     if hasattr(report, "wasxfail"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import bm25s
 import numpy as np
 import Stemmer
+
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # the library sets DEBUG, and says so on every index
 
 
 def best_rows(score_N: np.ndarray, k: int) -> np.ndarray:
