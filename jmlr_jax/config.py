@@ -51,7 +51,7 @@ class LlamaConfig(Strict):
     rope_theta: float = 10_000.0
     rope_scaling: RopeScalingConfig | None = None
     rms_norm_eps: float = 1e-6
-    tie_embeddings: bool = False
+    tie_embeddings: bool = True
     qkv_bias: bool = Field(False, description="Qwen2")
     qk_norm: bool = Field(False, description="Qwen3: RMSNorm on each head's query and key")
     sliding_window: PositiveInt | None = Field(None, description="Mistral: keys further back are masked")

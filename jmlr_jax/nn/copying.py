@@ -2,8 +2,7 @@
 
 A model trained from nothing first memorises its training answers and only much later finds out that they stand in the
 prompt. Here attention starts out as what it would have to become: keys resemble queries (a token looks for its like),
-the value-output path is close to the identity (what is looked at is passed on), and the head reads a token's own
-embedding. Nothing is frozen and no pre-trained model is touched.
+the value-output path is the identity up to scale (what is looked at is passed on), and the head is the embedding. Nothing is frozen and no pre-trained model is touched.
 """
 
 from __future__ import annotations
@@ -15,14 +14,19 @@ from jmlr_jax.config import LlamaConfig
 from jmlr_jax.nn.layers import Params
 
 
+# Standard deviation of the residual stream at the start. The embedding is also the head: smaller values make copying a
+# change of the stream that the first updates wipe out, larger ones make the first logits too sharp to learn from.
+STREAM = 0.35
+
+
 def favour_copying(params: Params, cfg: LlamaConfig, strength: float, key: jax.Array) -> Params:
     """Decoder weights like those of ``init_llama`` whose attention copies.
 
     Args:
       params: a fresh tree; not changed.
-      cfg: its shape, with as many key-value heads as heads, an untied head, and heads as wide as the model together.
+      cfg: its shape: as many key-value heads as heads, together as wide as the model, the head tied to the embedding.
       strength: 0 leaves `params` alone; towards 1 keys become equal to queries.
-      key: for the orthogonal value weights.
+      key: for the orthogonal value weights and the embedding.
 
     Raises:
       ValueError: a shape for which this start is not defined; ``generator.copy_init=0`` does without.
@@ -31,23 +35,20 @@ def favour_copying(params: Params, cfg: LlamaConfig, strength: float, key: jax.A
         return params
     layers, D = params["layers"], cfg.hidden_size
     count, _, H, E = layers["q"].shape
-    if cfg.num_kv_heads != H or cfg.tie_embeddings or H * E != D:
+    if cfg.num_kv_heads != H or not cfg.tie_embeddings or H * E != D:
         raise ValueError(
-            "generator.copy_init needs num_kv_heads = num_heads, an untied head and heads as wide as the model; "
-            "set generator.copy_init=0 for other shapes"
+            "generator.copy_init needs num_kv_heads = num_heads, heads as wide as the model together and "
+            "tie_embeddings; set generator.copy_init=0 for other shapes"
         )
-    v = jnp.stack([jax.nn.initializers.orthogonal()(k, (D, D), jnp.float32) for k in jax.random.split(key, count)])
-    v = v.reshape(count, D, H, E)
-    embed = jax.random.normal(jax.random.fold_in(key, 0), params["embed"].shape)
+    embed_key, *keys = jax.random.split(key, count + 1)
+    turn = jax.nn.initializers.orthogonal()
+    v = jnp.stack([turn(k, (D, D), jnp.float32) for k in keys]).reshape(count, D, H, E)
     copied = {
         "k": (1 - strength) * layers["k"] + strength * layers["q"],
         "v": v,
-        "o": jnp.transpose(v, (0, 2, 3, 1)),
+        "o": STREAM * jnp.transpose(v, (0, 2, 3, 1)),
+        "down": STREAM * layers["down"],
     }
+    embed = STREAM * jax.random.normal(embed_key, params["embed"].shape)
     copied = {name: w.astype(layers[name].dtype) for name, w in copied.items()}
-    return params | {
-        # Unit-variance embeddings: the residual stream must not drown them before the head has read them.
-        "embed": embed.astype(params["embed"].dtype),
-        "lm_head": (embed.T / D**0.5).astype(params["lm_head"].dtype),
-        "layers": layers | copied,
-    }
+    return params | {"embed": embed.astype(params["embed"].dtype), "layers": layers | copied}
