@@ -27,13 +27,30 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def quick_compile() -> Iterator[None]:
+    """For files whose time is compilation: XLA leaves out its dear optimizations, which halves it."""
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared data of the tiny world, to be given to ``runs.open_run``; made once, never changed."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
     from runs import tiny_config
 
     from jmlr_jax.data.prepare import prepare
 
+    # Tests of runs compile the same small programs over and over.
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
     folder = tmp_path_factory.mktemp("tiny") / "data"
     prepare(tiny_config(folder.parent), folder)
     return folder

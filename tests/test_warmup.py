@@ -1,0 +1,92 @@
+"""The reading warm-up: renaming keeps what is to be read, lessons are reproducible, gold ids are not used."""
+
+import numpy as np
+import pytest
+from runs import one_device, open_run
+
+from jmlr_jax.data.batches import Prepared, assemble
+from jmlr_jax.warmup import ReadingLessons, rename
+
+PIECES = ("reader_ids_BxKxL", "question_ids_BxS", "answer_ids_BxA")
+ROWS = np.arange(8)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_data, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        one_device(monkeypatch)
+        return open_run(tiny_data, tmp_path_factory.mktemp("warmup"), train={"warmup": {"steps": 5}})
+
+
+@pytest.fixture(scope="module")
+def lessons(run):
+    return ReadingLessons(run)
+
+
+@pytest.fixture(scope="module")
+def renamed(run, lessons):
+    plain = assemble(run.prepared, "train", ROWS, lessons.distant[ROWS][:, :1])
+    return plain, rename(plain, lessons.answer_tokens, np.random.default_rng(0))
+
+
+def test_renaming_is_one_bijection_of_the_answer_tokens_for_each_example(renamed, lessons):
+    plain, other = renamed
+    exchanges = []
+    for b in range(len(ROWS)):
+        pairs = {
+            (int(x), int(y)) for n in PIECES for x, y in zip(plain[n][b].ravel(), other[n][b].ravel(), strict=True)
+        }
+        assert len({x for x, _ in pairs}) == len({y for _, y in pairs}) == len(pairs)  # both ways, in all pieces alike
+        moved = {(x, y) for x, y in pairs if x != y}
+        assert moved and {token for pair in moved for token in pair} <= set(lessons.answer_tokens.tolist())
+        exchanges.append(frozenset(moved))
+    assert len(set(exchanges)) == len(ROWS)  # another one for each example
+
+
+def test_renaming_leaves_the_retrievers_tokens_lengths_and_the_batch_it_was_given_alone(renamed, run, lessons):
+    plain, other = renamed
+    for name in set(plain) - set(PIECES):
+        np.testing.assert_array_equal(plain[name], other[name])
+    fresh = assemble(run.prepared, "train", ROWS, lessons.distant[ROWS][:, :1])
+    for name in plain:
+        np.testing.assert_array_equal(plain[name], fresh[name])
+
+
+def test_special_tokens_are_never_renamed(run, lessons):
+    ids = run.prepared.generator_ids
+    assert len(lessons.answer_tokens) and not {ids.pad, ids.bos, ids.eos} & set(lessons.answer_tokens.tolist())
+
+
+def test_a_lesson_depends_on_seed_step_and_rows_alone(lessons, run):
+    one, again, other = lessons.batch(3, ROWS), ReadingLessons(run).batch(3, ROWS), lessons.batch(4, ROWS)
+    for name in one:
+        np.testing.assert_array_equal(one[name], again[name])
+    assert any((one[name] != other[name]).any() for name in PIECES)
+    assert one["reader_ids_BxKxL"].shape[1] == 1 and one["valid_BxK"].all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_the_share_of_passages_found_with_the_answer(tiny_data, tmp_path, monkeypatch, share):
+    one_device(monkeypatch)
+    warmup = {"steps": 5, "distant_share": share, "rename": False}
+    lessons = ReadingLessons(open_run(tiny_data, tmp_path, train={"warmup": warmup}))
+    seen = []
+    monkeypatch.setattr("jmlr_jax.warmup.assemble", lambda _p, _s, rows, table: seen.append(table) or {})
+    rows = np.arange(200)
+    # Told apart: distant passages become negative numbers.
+    lessons.distant = -2 - lessons.distant
+    monkeypatch.setattr(lessons, "_pick", lambda rng, table: (rng.random(), table[:, 0])[1])
+    for step in range(5):
+        lessons.batch(step, rows)
+    assert np.mean(np.concatenate(seen) < -1) == pytest.approx(share, abs=0.05)
+
+
+def test_a_row_without_passages_picks_none():
+    table = np.array([[4, 5, -1], [-1, -1, -1]])
+    picked = {tuple(ReadingLessons._pick(np.random.default_rng(i), table).tolist()) for i in range(20)}
+    assert picked == {(4, -1), (5, -1)}
+
+
+def test_gold_passages_are_not_used(run, monkeypatch):
+    monkeypatch.setattr(Prepared, "gold", lambda *_: pytest.fail("training looked at the gold passages"))
+    ReadingLessons(run).batch(0, ROWS)
