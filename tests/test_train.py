@@ -1,0 +1,90 @@
+"""The loop: what each phase trains and starts from, when it stops, which checkpoint it ends with."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+from runs import one_device, open_run
+
+from jmlr_jax import train as module
+from jmlr_jax.arms import PHASES, chain
+from jmlr_jax.checkpoint import load_weights
+from jmlr_jax.run import DataError
+from jmlr_jax.train import TrainingStopped, phase_weights, train_phase
+
+SHORT = {"steps": 4, "refresh_steps": 0, "checkpoint_steps": 2}
+
+
+@pytest.fixture
+def run(tiny_data, tmp_path, monkeypatch):
+    one_device(monkeypatch)
+    return open_run(tiny_data, tmp_path, train=SHORT | {"warmup": {"steps": 2}})
+
+
+def weights(run, phase: str, part: str):
+    return load_weights(run.directory / "arms" / phase / "weights" / part, run.abstract((part,))[part])
+
+
+def changed(a, b) -> bool:
+    return any((np.asarray(x) != np.asarray(y)).any() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+def test_phases_train_what_they_say_and_start_where_they_say(run):
+    for name in ("warmup", "separate_retriever"):
+        train_phase(run, PHASES[name], Console(quiet=True))
+    start = run.initial_weights()
+    assert {p.name for p in (run.directory / "arms/warmup/weights").iterdir()} == {"generator"}
+    assert {p.name for p in (run.directory / "arms/separate_retriever/weights").iterdir()} == {"retriever"}
+    assert changed(weights(run, "warmup", "generator"), start["generator"])
+    assert changed(weights(run, "separate_retriever", "retriever"), start["retriever"])
+    # The second stage of the separate arm starts from both.
+    found = phase_weights(run, PHASES["separate"])
+    assert not changed(found["retriever"], weights(run, "separate_retriever", "retriever"))
+    assert not changed(found["generator"], weights(run, "warmup", "generator"))
+    assert not changed(phase_weights(run, PHASES["jmlr"])["retriever"], start["retriever"])
+    before = (run.directory / "timing.json").read_text()
+    train_phase(run, PHASES["warmup"], Console(quiet=True))
+    assert (run.directory / "timing.json").read_text() == before  # finished phases are left alone
+
+
+def test_a_phase_whose_start_is_missing_names_it(run):
+    with pytest.raises(DataError, match="arms/warmup/weights/generator: no weights; that phase has not been trained"):
+        train_phase(run, PHASES["bm25"], Console(quiet=True))
+
+
+def test_chains():
+    assert [p.name for p in chain("separate", warmup=False)] == ["separate_retriever", "separate"]
+    assert [p.name for p in chain("jmlr", warmup=True)] == ["warmup", "jmlr"]
+
+
+def test_the_best_checkpoint_by_dev_loss_gives_the_final_weights(tiny_data, tmp_path, monkeypatch):
+    one_device(monkeypatch)
+    losses = iter([0.1, 0.7])
+    monkeypatch.setattr(module, "_dev_loss", lambda run, loop: next(losses))
+    kept = {}
+    original = module._checkpoint
+
+    def checkpoint(run, loop, checkpoints, stream, step, *rest):
+        kept[step] = jax.device_get(loop.state["params"]["generator"])
+        original(run, loop, checkpoints, stream, step, *rest)
+
+    monkeypatch.setattr(module, "_checkpoint", checkpoint)
+    run = open_run(tiny_data, tmp_path, train=SHORT, eval={"checkpoint": "best"})
+    train_phase(run, PHASES["closed_book"], Console(quiet=True))
+    final = weights(run, "closed_book", "generator")
+    assert not changed(final, kept[2]) and changed(final, kept[4])
+    lines = [json.loads(line) for line in (tmp_path / "arms/closed_book/metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["dev/loss"]) for row in lines if "dev/loss" in row] == [(2, 0.1), (4, 0.7)]
+
+
+def test_updates_that_stay_not_finite_stop_the_run(tiny_data, tmp_path, monkeypatch):
+    one_device(monkeypatch)
+    run = open_run(tiny_data, tmp_path, train=SHORT | {"max_skipped_in_row": 2})
+    broken = run.initial_weights()
+    broken["generator"] = jax.tree.map(lambda x: x * np.nan, broken["generator"])
+    monkeypatch.setattr(module, "phase_weights", lambda run, phase: broken)
+    with pytest.raises(TrainingStopped, match="2 updates in a row had gradients that are not finite"):
+        train_phase(run, PHASES["closed_book"], Console(quiet=True))
+    assert not (tmp_path / "arms/closed_book/weights").exists()
