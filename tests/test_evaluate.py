@@ -22,6 +22,7 @@ from jmlr_jax.nn.functional import abstract_params, init_llama, llama_hidden, ll
 from jmlr_jax.report import read_run, summarise
 from jmlr_jax.sharding import ShardingError, make_mesh, shardings
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 DRUGS = ("aspirin", "heparin", "warfarin", "insulin", "digoxin", "metformin", "codeine")
 
 
