@@ -32,10 +32,9 @@ def quick_compile() -> Iterator[None]:
     """For files whose time is compilation: XLA leaves out its dear optimizations, which halves it."""
     import jax
 
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")
