@@ -2,7 +2,8 @@
 
 A model trained from nothing first memorises its training answers and only much later finds out that they stand in the
 prompt. Here attention starts out as what it would have to become: keys resemble queries (a token looks for its like),
-the value-output path is the identity up to scale (what is looked at is passed on), and the head is the embedding. Nothing is frozen and no pre-trained model is touched.
+the value-output path is the identity up to scale (what is looked at is passed on), and the head is the embedding.
+Nothing is frozen and no pre-trained model is touched.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 
 from jmlr_jax.config import LlamaConfig
 from jmlr_jax.nn.layers import Params
-
 
 # Standard deviation of the residual stream at the start. The embedding is also the head: smaller values make copying a
 # change of the stream that the first updates wipe out, larger ones make the first logits too sharp to learn from.
