@@ -1,4 +1,4 @@
-"""A run directory small enough for a test: 56 conditions, models of width 16, one device, batches of 4."""
+"""A run directory small enough for a test: 72 conditions, models of width 16, one device, batches of 4."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jmlr_jax.run import Run
 from jmlr_jax.sharding import make_mesh
 
 TINY: dict[str, Any] = {
-    "data": {"world": {"conditions": 56, "values": 12}},
+    "data": {"world": {"conditions": 72, "values": 12}},
     "retriever": {
         "tokenizer_vocab": 512,
         "dim": 8,

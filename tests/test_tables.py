@@ -67,7 +67,7 @@ def test_fixed_tables_of_each_source(run, retriever, mesh):
 def test_the_answer_makes_lexical_search_find_the_gold_passage(run):
     gold = np.array(run.gold("train"))[:, 0]
     alone, with_answer = (bm25_table(run, "train", 1, with_answer=w)[:, 0] for w in (False, True))
-    assert np.mean(with_answer == gold) > 0.5 > np.mean(alone == gold)
+    assert np.mean(with_answer == gold) > 2 * np.mean(alone == gold)
 
 
 def test_the_mixture_has_its_shares_and_is_reproducible(run, retriever, mesh, tmp_path):
