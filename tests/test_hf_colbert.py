@@ -246,7 +246,7 @@ def test_published_encoder_ranks_real_passages_as_torch_does(shared_data: Path) 
     pooled: dict[str, list[np.ndarray]] = {"ours": [], "torch": []}
     worst = 0.0
     for start in range(0, len(texts), 204):
-        got = tok(texts[start : start + 204], padding="max_length", truncation=True, max_length=24, return_tensors="pt")
+        got = tok(texts[start : start + 204], padding="max_length", truncation=True, max_length=16, return_tensors="pt")
         mask = got["attention_mask"].numpy()
         with torch.no_grad():
             theirs = model(**got).last_hidden_state.numpy()

@@ -9,7 +9,6 @@ from typing import Any
 import hf_colbert
 import hf_models
 import jax
-import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -59,13 +58,18 @@ def base_config(folder: Path) -> dict[str, Any]:
     }
 
 
+def moved(x: jax.Array) -> jax.Array:
+    """Other values, in the same place."""
+    return jax.device_put(np.asarray(x) + 0.02 * np.cos(np.arange(x.size)).reshape(x.shape).astype(x.dtype), x.sharding)
+
+
 def trained(cfg: Config, arm: str = "jmlr") -> tuple[Run, dict[str, Any]]:
     """A run whose arm ends with weights that differ from the first ones."""
     prepare(cfg, Path(cfg.run_dir) / "data")
     run = Run.open(cfg)
     weights = run.initial_weights()
     for part in ("retriever", "generator"):
-        weights[part] = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), weights[part])
+        weights[part] = jax.tree.map(moved, weights[part])
         save_weights(run.directory / "arms" / arm / "weights" / part, weights[part])
     return run, weights
 
