@@ -166,7 +166,7 @@ def test_checks_run_and_pytest_comes_last(checkout: Checkout, script: str) -> No
         "ruff format --check .",
         "mypy ",
         "shellcheck --external-sources tpu_scripts/env.sh tpu_scripts/run.sh tpu_scripts/test.sh .ci/run",
-        "python -m pytest -k x",
+        "python -m pytest --numprocesses auto --dist loadfile -k x",
     ]
     torch = next(i for i, call in enumerate(calls) if "torch==" in call)
     package = next(i for i, call in enumerate(calls) if "--editable" in call)

@@ -26,5 +26,5 @@ check ruff format --check .
 check mypy
 check shellcheck --external-sources tpu_scripts/env.sh tpu_scripts/run.sh tpu_scripts/test.sh .ci/run
 ((${#failed[@]} == 0)) || say "FAILED before the tests: ${failed[*]}"
-check python -m pytest "$@"
+check python -m pytest --numprocesses auto --dist loadfile "$@"
 ((${#failed[@]} == 0))
