@@ -110,6 +110,9 @@ def main() -> None:
         print(f"kill -9 {number}: {found}", flush=True)
     finish(killed, "train", args.steps)
 
+    resolved = [(run / "config.yaml").read_text().replace(str(run), "RUN") for run in (whole, killed)]
+    if resolved[0] != resolved[1]:
+        sys.exit("the two runs had different configurations: the package was edited while this ran")
     files = [run / "arms" / "jmlr" / "metrics.jsonl" for run in (whole, killed)]
     same_metrics = files[0].read_bytes() == files[1].read_bytes()
     one, other = weights(whole), weights(killed)
