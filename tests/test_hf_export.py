@@ -26,6 +26,7 @@ from jmlr_jax.lora import abstract_lora, bind
 from jmlr_jax.nn import functional as F
 from jmlr_jax.sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 ASKED = LlamaConfig(max_positions=16)
 VOCAB = 300
 

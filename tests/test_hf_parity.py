@@ -27,6 +27,7 @@ from jmlr_jax.nn import functional as F
 from jmlr_jax.nn.layers import Params
 from jmlr_jax.sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 T = 20
 LENGTHS = np.array([20, 13])
 TOLERANCE = 1e-4

@@ -26,6 +26,7 @@ from jmlr_jax.lora import bind, merge
 from jmlr_jax.nn import functional as F
 from jmlr_jax.run import Run
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 QUESTIONS = [
     {"id": f"q{i}", "question": f"what hardens organ {i}?", "options": {"A": f"drug {i}", "B": "age"}, "answer": "A"}
     for i in range(6)
