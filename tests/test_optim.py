@@ -42,7 +42,7 @@ def test_every_array_has_its_group() -> None:
 
 
 def test_an_array_without_group_or_with_two_is_an_error_that_names_it() -> None:
-    with pytest.raises(GroupError, match=r"(?s)exactly one optimizer group:\nmodel/a: no group\nretriever2/b: no group"):
+    with pytest.raises(GroupError, match="one optimizer group:\nmodel/a: no group\nretriever2/b: no group"):
         labels({"model": {"a": jnp.ones(1)}, "retriever2": {"b": jnp.ones(1)}, **PARAMS})
     with pytest.raises(GroupError, match="generator/layers/q: generator and attention"):
         labels(PARAMS, optim.GROUPS | {"attention": ".*/q"})
@@ -96,7 +96,7 @@ def test_a_huge_gradient_of_one_half_does_not_shrink_the_other() -> None:
     kept = generator["huge"][0]["generator"]["layers"]["q"]
     np.testing.assert_allclose(kept, 0.1 * 0.01, rtol=1e-5)
     np.testing.assert_array_equal(kept, generator["small"][0]["generator"]["layers"]["q"])
-    assert float(optax.global_norm(retriever[0]["retriever"])) == pytest.approx(0.1, rel=1e-4)
+    assert float(optax.tree.norm(retriever[0]["retriever"])) == pytest.approx(0.1, rel=1e-4)
 
 
 def test_trainable_counts_name_both_halves_even_if_one_is_frozen() -> None:
