@@ -189,7 +189,7 @@ def make_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> StepFn
         metrics = {name: m if name.startswith("prompt/") else m / pieces for name, m in metrics.items()}
 
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
-        norms = {f"grad_norm/{half}": optax.global_norm(tree) for half, tree in grads.items()}
+        norms = {f"grad_norm/{half}": optax.tree.norm(tree) for half, tree in grads.items()}
         good = jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
         keep = partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
         state = {
@@ -208,12 +208,6 @@ def make_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> StepFn
 
 def init_state(params: Weights, optimizer: optax.GradientTransformation, key: Array) -> State:
     """The state before the first step; ``key`` as from ``jax.random.key_data``."""
-    zero = jnp.zeros((), jnp.int32)
-    return {
-        "step": zero,
-        "key": key,
-        "params": params,
-        "opt": optimizer.init(params),
-        "skipped": zero,
-        "skipped_in_row": zero,
-    }
+    # A buffer for each counter: a donated state must not name one twice.
+    counters = {name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "skipped_in_row")}
+    return {**counters, "key": key, "params": params, "opt": optimizer.init(params)}
