@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jmlr_jax.config import BertConfig, Config, DataConfig, GeneratorConfig, RetrieverConfig, TrainConfig
+from jmlr_jax.config import BertConfig, Config, DataConfig, GeneratorConfig, MixConfig, RetrieverConfig, TrainConfig
 from jmlr_jax.data.batches import Prepared, assemble, question_stream
 from jmlr_jax.data.prepare import prepare
 from jmlr_jax.data.tokenizers import load_tokenizer
@@ -36,7 +36,7 @@ def small_config(folder, **data) -> Config:
         data=DataConfig(questions="jsonl", **paths | data),
         retriever=RetrieverConfig(query_length=16, passage_length=24, bert=BertConfig(max_positions=24)),
         generator=GeneratorConfig(passage_length=20, question_length=40, answer_length=6),
-        train=TrainConfig(candidates=3, sampled=2, read_passages=1),
+        train=TrainConfig(candidates=3, mix=MixConfig(index=3, bm25=0, random=0), sampled=2, read_passages=1),
     )
 
 
@@ -127,7 +127,7 @@ def test_batch_holds_exactly_what_a_step_reads(prepared):
         == "\nReference:\nCondition eta. It is treated with drug6, always."
     )
     assert generated("question_ids_BxS", "question_len_B", 0) == (
-        "\nMy Question:\nWhat treats condition delta?\nA) drug3 B) drug4 C) rest"
+        "\nMy Question:\nWhat treats condition delta?\nA) drug3 B) drug4 C) rest\nAnswer:"
     )
     assert generated("answer_ids_BxA", "answer_len_B", 1) == " drug1</s>"
     query = text(prepared, "retriever", batch["query_ids_BxQ"][1], batch["query_len_B"][1])

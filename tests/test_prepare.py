@@ -163,7 +163,7 @@ def test_given_tokenizers_are_copied(tmp_path):
 
 def test_tiny_pubmedqa_file_with_its_own_contexts(tmp_path, shared_data):
     path = str(shared_data / "raw_formats/pubmedqa/ori_pqal_first20.json")
-    lengths = GeneratorConfig(question_length=96, passage_length=96)
+    lengths = GeneratorConfig(question_length=96, passage_length=96, answer_length=8)
     cfg = Config(data=DataConfig(questions="pubmedqa", test_path=path), generator=lengths)
     card = prepare(cfg, tmp_path / "data", Console(quiet=True))
     assert card["questions"]["test"] == 20 and card["passages"] > 40 and card["max_options"] == 3
