@@ -61,7 +61,7 @@ RELATIONS = (
     ),
     Relation(
         "gene",
-        ("x1", "k2", "r3"),
+        ("kin", "ras", "tor"),
         ("which gene causes {lay} ?", "{lay} runs in a family : which mutation ?", "what gene is changed in {lay} ?"),
         (
             "mutation of the gene {value} causes {formal} .",
