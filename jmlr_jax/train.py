@@ -215,16 +215,20 @@ def _checkpoint(
 ) -> None:
     """Saves everything, after any refresh under way has been written: resuming never needs weights that are gone."""
     notes: dict[str, Any] = {"data": stream.get_state(), "table_metrics": {}}
-    tables = {"none": np.zeros(1, np.int32)}
     if loop.candidates is not None:
         loop.candidates.wait()
-        tables, notes["table_metrics"] = loop.candidates.state(), loop.candidates.metrics
+        notes["table_metrics"] = loop.candidates.metrics
     # Not where SIGTERM stops the loop: an interrupted run writes what an uninterrupted one does.
     loss = _dev_loss(run, loop) if planned else None
     if loss is not None:
         notes[DEV_LOSS] = loss
         log.note(step, {DEV_LOSS: loss})
-    checkpoints.save(step, loop.state, tables, notes)
+    checkpoints.save(step, loop.state, _tables(loop), notes)
+
+
+def _tables(loop: Loop) -> dict[str, np.ndarray]:
+    """What a checkpoint holds of the candidates; Orbax wants an entry even where the table is fixed."""
+    return {"none": np.zeros(1, np.int32)} if loop.candidates is None else loop.candidates.state()
 
 
 def _resume(loop: Loop, checkpoints: Checkpoints, stream: Any) -> int:
@@ -232,8 +236,7 @@ def _resume(loop: Loop, checkpoints: Checkpoints, stream: Any) -> int:
     step = checkpoints.latest()
     if step is None:
         return 0
-    tables = {"none": np.zeros(1, np.int32)} if loop.candidates is None else loop.candidates.state()
-    loop.state, tables, notes = checkpoints.restore(step, loop.state, tables)
+    loop.state, tables, notes = checkpoints.restore(step, loop.state, _tables(loop))
     stream.set_state(notes["data"])
     if loop.candidates is not None:
         loop.candidates.restore(tables, notes["table_metrics"])
@@ -270,8 +273,7 @@ def _finish(run: Run, loop: Loop, checkpoints: Checkpoints, folder: Path) -> Non
         reopened = Checkpoints(folder / "checkpoints", run.cfg.train.keep_last)
         step = reopened.best()
         assert step is not None  # the last step has just been saved
-        tables = {"none": np.zeros(1, np.int32)} if loop.candidates is None else loop.candidates.state()
-        loop.state, _, _ = reopened.restore(step, loop.state, tables)
+        loop.state, _, _ = reopened.restore(step, loop.state, _tables(loop))
         reopened.close()
     part = folder / ".weights.part"
     for name, tree in loop.state["params"].items():
