@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from jmlr_jax.config import Config
 from jmlr_jax.errors import JmlrError
+from jmlr_jax.files import write_text
 
 RESOLVED_NAME = "config.yaml"
 """Name of the resolved configuration in a run directory."""
@@ -105,11 +106,7 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
 
 def save_resolved(config: Config, path: str | os.PathLike[str]) -> None:
     """Writes every value as YAML; :func:`load` reads the same configuration back. Atomic: whole or not at all."""
-    target = epath.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
-    partial.write_text(to_yaml(config))
-    partial.replace(target)
+    write_text(path, to_yaml(config))
 
 
 def to_yaml(config: Config) -> str:

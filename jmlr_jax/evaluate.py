@@ -26,6 +26,7 @@ from rich.progress import track
 from jmlr_jax.config import Config, LlamaConfig
 from jmlr_jax.data.batches import Batch, Prepared
 from jmlr_jax.data.tokenizers import GeneratorIds
+from jmlr_jax.files import write_text
 from jmlr_jax.generate import generate
 from jmlr_jax.losses import answer_nll
 from jmlr_jax.metrics import bootstrap_interval, exact_match, parse_answer, token_f1
@@ -66,13 +67,10 @@ class ArmResult:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes both files, each whole or not at all, the summary last."""
         target = epath.Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
         summary = json.dumps(self.summary, indent=1, allow_nan=False) + "\n"
         for name, text in ((f"{self.arm}.jsonl", lines), (f"{self.arm}.json", summary)):
-            partial_file = target / f".{name}.partial"
-            partial_file.write_text(text)
-            partial_file.replace(target / name)
+            write_text(target / name, text)
 
 
 def evaluate_arm(

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from jmlr_jax.run import write_atomically
+from jmlr_jax.files import write_text
 
 SHOWN = {"loss/answer": "answer", "loss/rank": "rank", "rank/pair_accuracy": "pairs", "recall/candidates": "recall@K"}
 
@@ -110,4 +110,4 @@ def _cut(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             continue  # the line a crash cut short belongs to a step that is done again
-    write_atomically(path, "".join(kept))
+    write_text(path, "".join(kept))

@@ -17,9 +17,10 @@ from jmlr_jax.config import Config
 from jmlr_jax.data.prepare import prepare
 from jmlr_jax.data.tokenizers import load_tokenizer
 from jmlr_jax.evaluate import Reader, evaluate_arm
+from jmlr_jax.files import write_text
 from jmlr_jax.metrics import ranking_summary
 from jmlr_jax.report import report
-from jmlr_jax.run import Run, write_atomically
+from jmlr_jax.run import Run
 from jmlr_jax.tables import fixed_table, retrieve, retriever_index
 from jmlr_jax.train import phase_weights, train_phase
 
@@ -130,7 +131,7 @@ def _evaluate_retrievers(run: Run, arms: Sequence[str]) -> None:
     found["arms"] = by_arm
     if "jmlr" in by_arm:
         found["after"] = by_arm["jmlr"]
-    write_atomically(run.directory / "eval" / "retriever.json", json.dumps(found, indent=1) + "\n")
+    write_text(run.directory / "eval" / "retriever.json", json.dumps(found, indent=1) + "\n")
 
 
 def _padded(gold: list[list[int]]) -> np.ndarray:

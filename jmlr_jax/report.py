@@ -28,6 +28,7 @@ from jmlr_jax.config import ArmName
 from jmlr_jax.config_io import RESOLVED_NAME
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.figures import WARMUP, Curve, accuracy_figure, arm_name, retriever_figure, training_figure
+from jmlr_jax.files import replacing, write_text
 from jmlr_jax.metrics import bootstrap_interval, paired_bootstrap
 
 PathLike = str | os.PathLike[str]
@@ -76,10 +77,11 @@ def report(run_dir: PathLike, *, resamples: int = 2000, quiet: bool = False) -> 
     }
     for name, png in figures.items():
         if png is not None:
-            (root / name).write_bytes(png)
-    _write_text(root / "report.json", json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
+            with replacing(root / name) as file:
+                file.write(png)
+    write_text(root / "report.json", json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
     page = render(summary, runs, {name: png for name, png in figures.items() if png is not None})
-    _write_text(root / "report.html", page)
+    write_text(root / "report.html", page)
     if not quiet:
         _print(summary, Console())
     return root / "report.html"
@@ -363,12 +365,6 @@ def _plain(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return [_plain(value) for value in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
-
-
-def _write_text(path: epath.Path, text: str) -> None:
-    partial = path.parent / f".{path.name}.partial"
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def _print(summary: Mapping[str, Any], console: Console) -> None:

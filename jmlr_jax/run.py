@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jmlr_jax import config_io, lora
 from jmlr_jax.config import Config, LlamaConfig, RetrieverConfig
 from jmlr_jax.data.batches import Prepared
 from jmlr_jax.errors import JmlrError
+from jmlr_jax.files import write_text
 from jmlr_jax.hf.load import load_generator, load_retriever
 from jmlr_jax.nn.copying import favour_copying
 from jmlr_jax.nn.functional import abstract_params, init_colbert, init_llama, logical_axes
@@ -137,24 +136,8 @@ class Run:
             seconds = json.loads(path.read_text()) if path.exists() else {}
             for key in (name, "total"):
                 seconds[key] = round(seconds.get(key, 0.0) + time.monotonic() - start, 3)
-            write_atomically(path, json.dumps(seconds, indent=1) + "\n")
+            write_text(path, json.dumps(seconds, indent=1) + "\n")
 
 
 class DataError(JmlrError):
     """The prepared data cannot serve what was asked of it."""
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file appears with all of its text, or stays as it was."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def save_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """``np.savez`` that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-    os.replace(part, path)

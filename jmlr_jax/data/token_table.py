@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from jmlr_jax.data.schema import InputError
+from jmlr_jax.files import replacing
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,5 @@ class TokenTable:
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """Writes an .npy file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
+    with replacing(path) as file:
         np.save(file, array, allow_pickle=False)
-    os.replace(part, path)

@@ -7,7 +7,6 @@ fresh data directory, then the card is replaced in one move: at any moment ``DIR
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 import time
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jmlr_jax.config import IndexConfig
 from jmlr_jax.errors import JmlrError
+from jmlr_jax.files import write_text
 from jmlr_jax.retrieval.exact import ExactIndex
 from jmlr_jax.retrieval.scann import ScannIndex
 from jmlr_jax.retrieval.vectors import TokenVectors
@@ -99,9 +99,7 @@ class Index:
                 "total_bytes": sum(entry.bytes for entry in files.values()),
             }
             card = self.card.model_copy(update=update)
-            part = data / "card.json"
-            part.write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            os.replace(part, directory / "card.json")
+            write_text(directory / "card.json", card.model_dump_json(indent=2) + "\n")
         except BaseException:
             shutil.rmtree(data, ignore_errors=True)
             raise
