@@ -8,6 +8,7 @@ it, so that a crash leaves the one before.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep_last: int):
         latest = preservation_policy.LatestN(n=keep_last)
-        best = preservation_policy.BestN(
-            get_metric_fn=lambda metrics: -metrics[DEV_LOSS], n=1, keep_checkpoints_without_metrics=False
-        )
+        best = preservation_policy.BestN(get_metric_fn=lambda metrics: -metrics[DEV_LOSS], n=1)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy([latest, best]),
             best_fn=lambda metrics: -metrics[DEV_LOSS],
@@ -43,13 +42,12 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, tables: dict[str, np.ndarray], notes: dict[str, Any]) -> None:
         """Saves in the background; ``notes`` is JSON and may hold the dev loss by which the best is chosen."""
-        metrics = {DEV_LOSS: notes[DEV_LOSS]} if DEV_LOSS in notes else None
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), tables=ocp.args.StandardSave(tables), notes=ocp.args.JsonSave(notes)
             ),
-            metrics=metrics,
+            metrics={DEV_LOSS: notes.get(DEV_LOSS, math.inf)},  # Orbax complains of a checkpoint without any
         )
 
     def latest(self) -> int | None:
@@ -58,8 +56,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Step of the one with the lowest dev loss; the latest where none was measured."""
-        found = self._manager.best_step()
-        return self.latest() if found is None else found
+        return self._manager.best_step()  # of equal ones, as unmeasured ones are, the latest
 
     def restore(self, step: int, state: Any, tables: dict[str, np.ndarray]) -> tuple[Any, Any, dict[str, Any]]:
         """State, tables and notes of a step; the first two arguments say in what shapes, dtypes and shardings.
