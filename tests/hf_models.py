@@ -44,6 +44,10 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
         | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0},
     ),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 16}),
+    "qwen3, yarn": (
+        transformers.Qwen3Config,
+        rope("yarn", factor=4.0, original_max_position_embeddings=16) | {"head_dim": 16},
+    ),
 }
 
 

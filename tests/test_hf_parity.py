@@ -77,7 +77,7 @@ def test_logits_and_hidden_states(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
 def test_every_dtype_on_disk(name: str, dtype: str, tmp_path: Path) -> None:
-    """Widened to float32, every weight is the stored number; kept as it is, the same bits."""
+    """Widened to float32, every weight is the stored number and logits are torch's; kept as it is, the same bits."""
     model = hf_models.decoder(name, tmp_path, getattr(torch, dtype))
     wanted = {key: value.numpy() for key, value in model.state_dict().items() if key in dict(model.named_parameters())}
     for param_dtype in ("float32", dtype):
@@ -87,6 +87,10 @@ def test_every_dtype_on_disk(name: str, dtype: str, tmp_path: Path) -> None:
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
             np.testing.assert_array_equal(found[key].astype(np.float32), value, err_msg=key)
+        if param_dtype == "float32":
+            with torch.no_grad():
+                theirs = model(torch.tensor(tokens())).logits.numpy()
+            np.testing.assert_allclose(forward(params, cfg, tokens(), np.full(2, T))[1], theirs, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
@@ -119,17 +123,20 @@ def test_long_context(tmp_path: Path) -> None:
     np.testing.assert_allclose(logits[:, -64:], theirs, atol=TOLERANCE, rtol=0)
 
 
-def test_bfloat16_throughout(tmp_path: Path) -> None:
-    """Both sides compute in bfloat16 (8 bits): each stays within 3% of the float32 logits' spread of the other."""
-    hf_models.decoder("llama", tmp_path, torch.bfloat16)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    cfg, params = load_generator(
-        str(tmp_path), ASKED.model_copy(update={"dtype": "bfloat16", "param_dtype": "bfloat16"})
-    )
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, "bfloat16") for name in ("llama", "mistral", "qwen2", "qwen3")] + [("llama", "float16")],
+)
+def test_narrow_throughout(name: str, dtype: str, tmp_path: Path) -> None:
+    """Weights and activations in 16 bits on both sides, which round at different places. What such rounding costs is
+    what transformers loses against its own float32; ours may lose twice that, on average over all logits."""
+    exact = hf_models.decoder(name, tmp_path, getattr(torch, dtype))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, dtype))
+    cfg, params = load_generator(str(tmp_path), ASKED.model_copy(update={"dtype": dtype, "param_dtype": dtype}))
     with torch.no_grad():
-        theirs = model(torch.tensor(tokens())).logits.float().numpy()
+        true, theirs = (m(torch.tensor(tokens())).logits.float().numpy() for m in (exact, model))
     ours = np.asarray(forward(params, cfg, tokens(), np.full(2, T))[1])
-    assert np.abs(ours - theirs).mean() < 0.03 * theirs.std()
+    assert np.abs(ours - true).mean() < 2 * np.abs(theirs - true).mean() < 0.1 * true.std()
 
 
 def test_mesh(tmp_path: Path) -> None:
