@@ -10,11 +10,12 @@ learn to read it on a laptop; presets in ``configs/`` hold only what differs.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 DType = Literal["float32", "bfloat16", "float16"]
+Share = Annotated[float, Field(ge=0, le=1)]
 ArmName = Literal["jmlr", "frozen", "separate", "bm25", "random", "closed_book"]
 
 
@@ -213,8 +214,8 @@ class WarmupConfig(Strict):
     answer: no fact can be memorised and reading is the only way to a lower loss. 0 steps for a pre-trained generator.
     """
 
-    steps: int = Field(1000, ge=0)
-    distant_share: float = Field(0.6, ge=0, le=1)
+    steps: int = Field(3000, ge=0)
+    distant_share: tuple[Share, Share] = Field((0.8, 0.1), description="at the first step and, linearly, at the last")
     distant_depth: PositiveInt = Field(3, description="how many of the distant passages are in play")
     rename: bool = Field(True, description="exchange answer tokens at random in each example")
     learning_rate: float = Field(3e-3, gt=0)
@@ -235,7 +236,7 @@ class MixConfig(Strict):
 class TrainConfig(Strict):
     """The joint step and the loop around it (METHOD 'One training step')."""
 
-    steps: PositiveInt = 300
+    steps: PositiveInt = 400
     batch_size: PositiveInt = Field(32, description="B: questions a step, over all devices")
     accumulate: PositiveInt = Field(1, description="microbatches a step; must divide batch_size")
     candidates: PositiveInt = Field(16, description="K (30 in the paper)")
@@ -245,7 +246,7 @@ class TrainConfig(Strict):
     rank_loss: Literal["llm_rank", "kl", "emdr2"] = "llm_rank"
     rank_weight: float = Field(1.0, ge=0)
     tie_margin: float = Field(
-        0.8, ge=0, description="nats per token; judgements closer than this are ties and carry no weight (paper: 0)"
+        1.2, ge=0, description="nats per token; judgements closer than this are ties and carry no weight (paper: 0)"
     )
     refresh_steps: int = Field(
         50, ge=0, description="R: steps between refreshes of the candidate table; 0: never, as in the paper"

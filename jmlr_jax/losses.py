@@ -61,9 +61,10 @@ def llm_rank_loss(score_BxM: Array, nll_BxM: Array, taken_BxM: Array, margin: fl
     """LLM-Rank, the paper's loss (METHOD step 5): pairwise logistic loss against the generator's order.
 
     For each pair i < j of taken passages the logit is ``s_i - s_j`` and the label says whether passage i has
-    the lower nll. Pairs with equal nll carry no weight; the mean is over the pairs that count. Every pair that counts
-    weighs the same, however small its difference, so where most passages are equally useless the noise among them
-    outvotes the few pairs that matter: with a margin, differences up to it are ties as well.
+    the lower nll. Pairs with equal nll carry no weight; the mean is over the others. Every pair weighs the same, however
+    small its difference, so where most passages are equally useless the noise among them outvotes the few pairs that
+    matter: with a margin, pairs that differ by no more add nothing. They stay in the mean, or a question with one
+    pair above the noise would weigh as much as one with many.
 
     Args:
       score_BxM: normalised scores in [-1, 1]; the only argument with a gradient.
@@ -85,7 +86,8 @@ def llm_rank_loss(score_BxM: Array, nll_BxM: Array, taken_BxM: Array, margin: fl
     better_BxMxM, counts_BxMxM = _pairs(nll_BxM, taken_BxM, margin)
     # Cross-entropy with logit x is softplus(-x) for label 1 and softplus(x) for label 0: stable for any x.
     loss_BxMxM = jax.nn.softplus(jnp.where(better_BxMxM, -logit_BxMxM, logit_BxMxM))
-    return _masked_mean(loss_BxMxM, counts_BxMxM, axis=(1, 2))
+    differs_BxMxM = counts_BxMxM if margin == 0 else _pairs(nll_BxM, taken_BxM, 0.0)[1]
+    return _masked_mean(jnp.where(counts_BxMxM, loss_BxMxM, 0.0), differs_BxMxM, axis=(1, 2))
 
 
 def kl_loss(score_BxM: Array, nll_BxM: Array, taken_BxM: Array) -> Array:

@@ -33,9 +33,13 @@ class ReadingLessons:
         rng = np.random.default_rng((self.run.cfg.seed, step))
         near = self._pick(rng, self.distant[rows])
         other = self._pick(rng, self.others[rows])
-        table_Bx1 = np.where(rng.random(len(rows)) < cfg.distant_share, near, other)[:, None]
+        table_Bx1 = np.where(rng.random(len(rows)) < self._distant_share(step), near, other)[:, None]
         batch = assemble(self.run.prepared, "train", rows, table_Bx1)
         return rename(batch, self.answer_tokens, rng) if cfg.rename else batch
+
+    def _distant_share(self, step: int) -> float:
+        first, last = self.run.cfg.train.warmup.distant_share
+        return first + (last - first) * step / self.run.cfg.train.warmup.steps
 
     @cached_property
     def answer_tokens(self) -> np.ndarray:

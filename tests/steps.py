@@ -135,15 +135,16 @@ def slow_loss(made: StepSpec, halves: dict[str, Any], of: dict[str, np.ndarray],
 
     sampled = sorted(there, key=lambda k: -(score[k] + float(b["gumbel_BxK"][k])))[:M]
     alone = {k: nll([k]) for k in sampled}
-    terms = []
+    terms, differing = [], 0
     for i, first in enumerate(sampled):
         for second in sampled[i + 1 :]:
+            differing += alone[first] != alone[second]
             if abs(alone[first] - alone[second]) > made.train.tie_margin:
                 sign = 1 if alone[first] < alone[second] else -1
                 terms.append(math.log1p(math.exp(-sign * (score[first] - score[second]))))
     best = sorted(there, key=lambda k: -score[k])[:N]
     return {
-        "rank": sum(terms) / max(len(terms), 1),
+        "rank": sum(terms) / max(differing, 1),
         "pairs": len(terms),
         "answer": nll(best),
         "dropped": len(best) - len(fitting(best)),

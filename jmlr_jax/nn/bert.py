@@ -10,7 +10,7 @@ from flax import nnx
 
 from jmlr_jax.config import BertConfig
 from jmlr_jax.nn.attention import attend
-from jmlr_jax.nn.layers import embedding, faint, fan_in, layer_norm, ones, project, scan_layers, stack, weight, zeros
+from jmlr_jax.nn.layers import faint, fan_in, layer_norm, ones, project, scan_layers, stack, weight, words, zeros
 from jmlr_jax.sharding import constrain
 
 HIDDEN = ("encoder_batch", "length", "hidden")
@@ -68,7 +68,7 @@ class Bert(nnx.Module):
             raise ValueError("bert.vocab_size is 0: set it to the tokenizer's size before building the model")
         self.cfg = cfg
         D, t = cfg.hidden_size, cfg.param_dtype
-        self.word = weight(rngs, (cfg.vocab_size, D), ("encoder_vocab", "embed"), embedding, t)
+        self.word = weight(rngs, (cfg.vocab_size, D), ("encoder_vocab", "embed"), words, t)
         self.position = weight(rngs, (cfg.max_positions, D), ("positions", "embed"), faint, t)
         self.token_type = weight(rngs, (cfg.type_vocab_size, D), ("token_types", "embed"), faint, t)
         self.embed_norm = weight(rngs, (D,), ("norm",), ones, t)
