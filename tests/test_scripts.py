@@ -6,6 +6,7 @@ Set-up is tested against stand-ins for Python, pip and the tools, so that nothin
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["tpu_scripts/env.sh", "tpu_scripts/run.sh", "tpu_scripts/test.sh", ".ci/run"]
+SCRIPTS = [*(f"tpu_scripts/{name}.sh" for name in ("create_tpu", "env", "launch", "run", "slice", "test")), ".ci/run"]
 
 # Plays every program of a virtual environment: writes down how it was called, and fails where FAIL_ON matches.
 STAND_IN = """#!/usr/bin/env bash
@@ -165,7 +166,7 @@ def test_checks_run_and_pytest_comes_last(checkout: Checkout, script: str) -> No
         "ruff check .",
         "ruff format --check .",
         "mypy ",
-        "shellcheck --external-sources tpu_scripts/env.sh tpu_scripts/run.sh tpu_scripts/test.sh .ci/run",
+        f"shellcheck --external-sources {' '.join(SCRIPTS)}",
         "python -m pytest --numprocesses auto --dist loadfile -k x",
     ]
     torch = next(i for i, call in enumerate(calls) if "torch==" in call)
@@ -180,6 +181,178 @@ def test_any_failing_check_fails_the_whole(checkout: Checkout, broken: str) -> N
     status, calls, _ = checkout("tpu_scripts/test.sh", FAIL_ON=broken)
     assert status != 0
     assert calls[-1].startswith("python -m pytest"), "tests run even if a linter complains"
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({"JMLR_TPU": "1"}, f"{os.environ['HOME']}/.cache/jmlr/compiled"),
+        ({"JMLR_TPU": "1", "JMLR_BUCKET": "gs://b"}, "/mnt/jmlr/compiled"),
+        ({"JMLR_TPU": "1", "JAX_COMPILATION_CACHE_DIR": "/mine"}, "/mine"),
+        ({"JMLR_TPU": "0"}, None),
+    ],
+)
+def test_a_tpu_keeps_compilations_where_all_workers_find_them(
+    checkout: Checkout, env: dict[str, str], expected: str | None
+) -> None:
+    _, _, output = checkout("tpu_scripts/run.sh", JMLR_DRY_RUN="1", **env)
+    told = [line for line in output.splitlines() if line.startswith("Compilations")]
+    assert told == ([f"Compilations are kept in {expected}"] if expected else [])
+
+
+def test_a_bucket_is_mounted_before_anything_runs(checkout: Checkout) -> None:
+    _, _, output = checkout("tpu_scripts/run.sh", JMLR_DRY_RUN="1", JMLR_BUCKET="gs://my-bucket")
+    mount = next(line for line in output.splitlines() if line.startswith("gcsfuse "))
+    assert mount.split()[-2:] == ["my-bucket", "/mnt/jmlr"] and "--metadata-cache-ttl-secs=0" in mount
+    assert output.index(mount) < output.index("jmlr run")
+
+
+# Slices, against a stand-in for gcloud: it answers questions about the slice's state and shows outputs of worker 0, one
+# after the other from files.
+
+GCLOUD = """#!/usr/bin/env bash
+echo "gcloud $*" >>"$CALLS"
+next() { head -n 1 "$1"; sed -i 1d "$1"; }
+case "$*" in
+    *"format=value(state.state)"*) next "$STATES" | grep . ;;
+    *"tail -n"*) next "$OUTPUTS" | tr '|' '\\n' ;;
+esac
+"""
+
+
+class Slice:
+    """The scripts in front of a slice that goes through `states`, on which worker 0 says one of `outputs` each time."""
+
+    def __init__(self, checkout: Checkout, folder: Path) -> None:
+        self.checkout, self.bin = checkout, folder / "bin"
+        self.bin.mkdir()
+        for name, text in (("gcloud", GCLOUD), ("git", STAND_IN)):
+            (self.bin / name).write_text(text)
+            (self.bin / name).chmod(0o755)
+
+    def __call__(
+        self, script: str, *words: str, states: str = "ACTIVE", outputs: str = "", **env: str
+    ) -> tuple[int, list[str], str]:
+        files = {"STATES": states.split(), "OUTPUTS": outputs.split("/")}
+        for name, lines in files.items():
+            (self.bin / name).write_text("".join(f"{line}\n" for line in lines))
+            env[name] = str(self.bin / name)
+        env |= {"PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}", "TMPDIR": str(self.bin)}
+        return self.checkout(f"tpu_scripts/{script}", *words, JMLR_POLL_SECONDS="0", JMLR_SETTLE_SECONDS="0", **env)
+
+
+@pytest.fixture
+def tpu_slice(checkout: Checkout, tmp_path: Path) -> Slice:
+    return Slice(checkout, tmp_path)
+
+
+TYPE = ("--type", "v5e-16", "--zone", "z", "--spot", "--bucket", "gs://b")
+
+
+def verbs(calls: list[str]) -> list[str]:
+    """What was asked of gcloud, in short, questions about the state left out."""
+    short = {
+        "queued-resources create": "create",
+        "queued-resources delete": "delete",
+        "tpu-vm scp": "copy",
+        "tar -xzf": "unpack",
+        "print-config": "install",
+        "setsid": "start",
+        "tail -n": "follow",
+    }
+    found = [next((verb for words, verb in short.items() if words in call), "") for call in calls]
+    return [verb for verb in found if verb]
+
+
+SET_UP = ["copy", "unpack", "install"]
+
+
+def test_a_dry_run_prints_every_command_and_runs_none(tpu_slice: Slice) -> None:
+    status, calls, output = tpu_slice("launch.sh", "--dry-run", *TYPE, "run", "--config", "my preset.yaml", "seed=1")
+    assert status == 0 and not [call for call in calls if call.startswith("gcloud")], output
+    printed = [" ".join(shlex.split(line)) for line in output.splitlines() if line.startswith(("gcloud", "git"))]
+    assert verbs(printed) == ["create", *SET_UP, "start", "follow"]
+    created = next(line for line in printed if "queued-resources create" in line)
+    for word in ("--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--zone=z"):
+        assert word in created.split()
+    started = next(line for line in printed if "setsid" in line)
+    for words in ("--worker=all", "JMLR_TPU=1", "JMLR_BUCKET=gs://b", "--distributed auto >jmlr.log", "seed=1"):
+        assert words in started
+    assert r"--config my\ preset.yaml" in started
+
+
+@pytest.mark.parametrize(
+    ("type_", "image"),
+    [("v4-32", "tpu-ubuntu2204-base"), ("v5p-16", "v2-alpha-tpuv5"), ("v6e-16", "v2-alpha-tpuv6e")],
+)
+def test_each_type_has_its_image(tpu_slice: Slice, type_: str, image: str) -> None:
+    _, _, output = tpu_slice("create_tpu.sh", "--dry-run", "--type", type_)
+    assert f"--accelerator-type={type_} --runtime-version={image} " in output and "--spot" not in output
+
+
+def test_waits_until_the_slice_is_there(tpu_slice: Slice) -> None:
+    states = "NONE WAITING_FOR_RESOURCES PROVISIONING ACTIVE"
+    status, calls, output = tpu_slice("create_tpu.sh", *TYPE, states=states)
+    assert status == 0 and verbs(calls) == ["create", *SET_UP], output
+    assert [line for line in output.splitlines() if "waiting" in line][1:] == [
+        "jmlr: waiting_for_resources; waiting",
+        "jmlr: provisioning; waiting",
+    ]
+
+
+def test_a_slice_that_is_there_is_only_set_up(tpu_slice: Slice) -> None:
+    status, calls, output = tpu_slice("create_tpu.sh", *TYPE)
+    assert status == 0 and verbs(calls) == SET_UP, output
+
+
+def test_a_command_is_followed_to_its_end_and_its_status_comes_through(tpu_slice: Slice) -> None:
+    status, calls, output = tpu_slice("launch.sh", *TYPE, "run", outputs="step 1|jmlr: exit status 0")
+    assert status == 0 and verbs(calls) == [*SET_UP, "start", "follow"], output
+    assert "step 1" in output
+    status, calls, output = tpu_slice(
+        "launch.sh", *TYPE, "run", states="ACTIVE ACTIVE", outputs="bad|jmlr: exit status 2"
+    )
+    assert status == 2 and verbs(calls) == [*SET_UP, "start", "follow"] and "--logs" in output
+
+
+def test_a_connection_that_breaks_is_taken_up_again(tpu_slice: Slice) -> None:
+    outputs = "step 1/step 1|jmlr: exit status 0"
+    status, calls, output = tpu_slice("launch.sh", *TYPE, "run", states="ACTIVE ACTIVE", outputs=outputs)
+    assert status == 0 and verbs(calls) == [*SET_UP, "start", "follow", "follow"], output
+
+
+@pytest.mark.parametrize("first", ["step 1", "step 1|jmlr: exit status 1"], ids=["silent", "ended by the loss"])
+def test_a_slice_taken_away_is_made_again_and_the_command_continued(tpu_slice: Slice, first: str) -> None:
+    states = "ACTIVE SUSPENDED SUSPENDED ACTIVE"
+    status, calls, output = tpu_slice("launch.sh", *TYPE, "run", states=states, outputs=f"{first}/jmlr: exit status 0")
+    assert status == 0, output
+    again = ["delete", "create", *SET_UP, "start", "follow"]
+    assert verbs(calls) == [*SET_UP, "start", "follow", *again]
+
+
+def test_without_a_type_nothing_is_made(tpu_slice: Slice) -> None:
+    status, calls, output = tpu_slice("launch.sh", "run", states="")
+    assert status == 2 and verbs(calls) == [] and "give --type" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--logs", "here"), "--worker=all --command=cat jmlr.log --output-directory=here"),
+        (("--profile",), "--worker=all --command=pkill -USR1 -x jmlr"),
+        (("--stop",), "--worker=all --command=pkill -TERM -x jmlr"),
+    ],
+)
+def test_logs_traces_and_stopping(tpu_slice: Slice, words: tuple[str, ...], expected: str) -> None:
+    status, calls, output = tpu_slice("launch.sh", "--zone", "z", *words)
+    assert status == 0, output
+    assert "tpu-vm ssh jmlr" in calls[-1] and all(word in calls[-1] for word in expected.split(" --"))
+
+
+@pytest.mark.parametrize("words", [("--bucket", "b", "run"), ("--zone",), ("--wrong", "run"), ("--type", "x", "run")])
+def test_options_that_cannot_be(tpu_slice: Slice, words: tuple[str, ...]) -> None:
+    status, calls, output = tpu_slice("launch.sh", *words, states="")
+    assert status == 2 and verbs(calls) == [] and output.strip()
 
 
 # What conftest.py counts as success

@@ -4,6 +4,7 @@
 # Environment: JMLR_PYTHON   interpreter to build the environment with (3.11 to 3.13)
 #              JMLR_VENV     where the environment lives            (default: .venv in the repository)
 #              JMLR_TPU      1: install for a TPU, 0: do not        (default: look for one)
+#              JMLR_BUCKET   gs://NAME: a bucket to mount at /mnt/jmlr (the launch scripts set it)
 #              JMLR_DRY_RUN  1: print the commands instead of running them
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -34,8 +35,20 @@ find_python() {
             return 1
         fi
     done
+    if on_tpu; then
+        fetch_python && return
+    fi
     say "Python 3.11, 3.12 or 3.13 is needed and none was found; install one, or set JMLR_PYTHON to its path"
     return 1
+}
+
+# Images of TPU VMs come with Python 3.10: uv brings a newer one. Prints where it is.
+fetch_python() {
+    {
+        run python3 -m pip install --quiet --user uv
+        run python3 -m uv python install --quiet 3.11
+    } >&2
+    if [[ ${JMLR_DRY_RUN:-} == 1 ]]; then echo python3.11; else python3 -m uv python find 3.11; fi
 }
 
 # TPU chips are /dev/accel* (v2 to v4) or VFIO groups (v5 on); those alone may be another device passed through,

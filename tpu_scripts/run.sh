@@ -25,8 +25,35 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     usage
     exit
 fi
+
+# Mounts a bucket at /mnt/jmlr, so that all workers see one run directory. Nothing that is known of it is kept (a worker
+# would miss what another has written); the bytes of files are, so that the token tables are read from the local disk.
+mount_bucket() {
+    local place=/mnt/jmlr
+    if mountpoint -q "$place" 2>/dev/null; then return; fi
+    if ! command -v gcsfuse >/dev/null; then
+        # shellcheck disable=SC2016  # for the inner shell
+        run bash -c 'repo="https://packages.cloud.google.com/apt"; key=/usr/share/keyrings/cloud.google.asc
+curl -fsS "$repo/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
+echo "deb [signed-by=$key] $repo gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list
+sudo apt-get update -qq && sudo apt-get install -y -qq gcsfuse'
+    fi
+    run sudo mkdir -p "$place"
+    run sudo chown "$(id -u):$(id -g)" "$place"
+    run gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
+        --rename-dir-limit=1000000 --cache-dir="$HOME/.cache/gcsfuse" --file-cache-max-size-mb=-1 \
+        --file-cache-cache-file-for-range-read "${JMLR_BUCKET#gs://}" "$place"
+}
+
 extra=""
-if on_tpu; then extra=tpu; fi
+if on_tpu; then
+    extra=tpu
+    # A step of a large model compiles for minutes; process 0 writes the result, all read it.
+    cache=$([[ -n ${JMLR_BUCKET:-} ]] && echo /mnt/jmlr || echo "$HOME/.cache/jmlr")/compiled
+    export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$cache}
+    say "Compilations are kept in $JAX_COMPILATION_CACHE_DIR"
+fi
+if [[ -n ${JMLR_BUCKET:-} ]]; then mount_bucket; fi
 ensure_env "run${extra:+-$extra}" install_package
 if (($# == 0)) || [[ $1 == -* || $1 == *=* ]]; then
     set -- run "$@"

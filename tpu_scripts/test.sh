@@ -24,7 +24,7 @@ ensure_env test install_torch install_package install_checkpoint
 check ruff check .
 check ruff format --check .
 check mypy
-check shellcheck --external-sources tpu_scripts/env.sh tpu_scripts/run.sh tpu_scripts/test.sh .ci/run
+check shellcheck --external-sources tpu_scripts/*.sh .ci/run
 ((${#failed[@]} == 0)) || say "FAILED before the tests: ${failed[*]}"
 check python -m pytest --numprocesses auto --dist loadfile "$@"
 ((${#failed[@]} == 0))
