@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -248,6 +252,37 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [file.name for file in target.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [target]
     with pytest.raises(HFError, match="exists already"), whole_directory(target):
         pass
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+import numpy as np
+from jmlr_jax.hf.io import Tensor, whole_directory, write_directory
+
+def value():
+    assert os.path.getsize(f".{sys.argv[1]}.part/model-00001-of-00002.safetensors") > 4_000_000  # one shard is there
+    os.kill(os.getpid(), signal.SIGKILL)
+
+with whole_directory(sys.argv[1]) as folder:
+    shape, dtype = (1_000_000,), np.dtype(np.float32)
+    first = Tensor("a", dtype, shape, lambda: np.ones(shape, dtype))
+    write_directory(folder, [first, Tensor("b", dtype, shape, value)], 4_000_000)
+"""
+
+
+def test_a_killed_process_leaves_no_directory(tmp_path: Path) -> None:
+    """SIGKILL between two shards: what is left is hidden, is not taken for a model, and goes with the next attempt."""
+    env = os.environ | {"PYTHONPATH": str(Path(io.__file__).parents[2])}
+    command = [sys.executable, "-c", KILLED_WHILE_WRITING, "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [".out.part"]
+    with pytest.raises(HFError, match="no such directory"):
+        read_directory(tmp_path / "out")
+    with whole_directory(tmp_path / "out") as folder:
+        write_directory(folder, tensors(values()), 40)
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+    assert read_directory(tmp_path / "out").keys() == values().keys()
 
 
 def test_keys_are_gathered_by_layer() -> None:
