@@ -184,12 +184,27 @@ class IndexConfig(Strict):
     kind: Literal["auto", "exact", "scann"] = Field("auto", description="auto: exact below `exact_below` passages")
     exact_below: int = Field(20_000, ge=0)
     encode_batch: PositiveInt = 128
-    rerank: PositiveInt = Field(200, description="ScaNN hits re-ranked by exact MaxSim")
+    rerank: PositiveInt = Field(1000, description="ScaNN hits that MaxSim scores, at most; see `recall`")
+    recall: float | None = Field(
+        0.95,
+        gt=0,
+        le=1,
+        description="share of the exact best that must be found: the fewest hits that do are scored; null: `rerank`",
+    )
+    bits: float = Field(
+        2.0, gt=0, le=16, description="of stored token vectors, per dimension; 16: float16, no code; else at most 8"
+    )
     fde_repetitions: PositiveInt = 20
     fde_simhash_bits: PositiveInt = 5
     fde_projection: PositiveInt = Field(16, description="width of each projected block")
     fde_final: PositiveInt = Field(2048, description="width of the final projection")
     oracle_queries: PositiveInt = Field(200, description="queries on which recall against the oracle is measured")
+
+    @model_validator(mode="after")
+    def _check(self) -> IndexConfig:
+        if 8 < self.bits < 16:
+            raise ValueError(f"bits={self.bits}: a code has at most 8 bits a dimension; 16 stores float16")
+        return self
 
 
 class OptimizerConfig(Strict):

@@ -94,17 +94,44 @@ def encode_corpus(
     """
     if passages < 1:
         raise ValueError("no passages to encode")
-    run = partial(_passages, params, encode=encode, cfg=cfg, everywhere=_everywhere(mesh))
-    bar = "encoding passages" if progress else None
     vectors_NxPxC = keep_NxP = np.zeros(0)
     done = 0
-    for n, (p, keep) in _pipelined(lambda ids, length: run(ids, length, skip_V), read, passages, batch, mesh, bar):
+    rows = np.arange(passages)
+    for piece in encode_pieces(encode, params, cfg, read, rows, skip_V, batch=batch, mesh=mesh, progress=progress):
         if done == 0:
-            vectors_NxPxC = np.empty((passages, *p.shape[1:]), np.float16)
-            keep_NxP = np.empty((passages, p.shape[1]), np.bool_)
-        vectors_NxPxC[done : done + n], keep_NxP[done : done + n] = np.asarray(p)[:n], np.asarray(keep)[:n]
-        done += n
+            vectors_NxPxC = np.empty((passages, *piece.vectors_NxPxC.shape[1:]), np.float16)
+            keep_NxP = np.empty((passages, piece.keep_NxP.shape[1]), np.bool_)
+        where = slice(done, done + len(piece))
+        vectors_NxPxC[where], keep_NxP[where] = piece.vectors_NxPxC, piece.keep_NxP
+        done += len(piece)
     return TokenVectors(vectors_NxPxC, keep_NxP)
+
+
+def encode_pieces(
+    encode: EncodePassages,
+    params: Params,
+    cfg: RetrieverConfig,
+    read: ReadRows,
+    rows: np.ndarray,
+    skip_V: np.ndarray,
+    *,
+    batch: int,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+) -> Iterator[TokenVectors]:
+    """Token vectors of the passages ``rows`` (int [n]) in that order, in pieces of at most ``batch``, for a corpus that
+    is not to be held whole (:func:`jmlr_jax.retrieval.build.build_index_of_pieces`) or not to be encoded whole.
+
+    Arguments as :func:`encode_corpus`; no rows, no pieces.
+    """
+    run = partial(_passages, params, encode=encode, cfg=cfg, everywhere=_everywhere(mesh))
+    bar = "encoding passages" if progress else None
+
+    def one(ids: Array, length: Array) -> tuple[Array, Array]:
+        return run(ids, length, skip_V)
+
+    for n, (p, keep) in _pipelined(one, lambda places: read(rows[places]), len(rows), batch, mesh, bar):
+        yield TokenVectors(np.asarray(p)[:n], np.asarray(keep)[:n])
 
 
 def encode_queries_batched(

@@ -20,8 +20,9 @@ from jmlr_jax.encode import encode_corpus, encode_queries_batched
 from jmlr_jax.files import replacing
 from jmlr_jax.nn.functional import encode_passages, encode_queries
 from jmlr_jax.retrieval.bm25 import BM25
+from jmlr_jax.retrieval.build import build_index
 from jmlr_jax.retrieval.candidates import build_table, mixed_table, overlap, random_table, recall
-from jmlr_jax.retrieval.store import Index, IndexUnusable, build_index, open_index, params_fingerprint
+from jmlr_jax.retrieval.store import Index, IndexUnusable, open_index, params_fingerprint
 from jmlr_jax.run import Run
 
 SPARE_DEPTH = 4  # how many times its share each source of a mixture is asked for, to fill up what they have in common

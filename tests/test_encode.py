@@ -64,6 +64,17 @@ def test_corpus_equals_row_by_row(corpus, batch):
     np.testing.assert_array_equal(got.keep_NxP, keep)
 
 
+def test_any_rows_come_in_the_order_asked_for(corpus):
+    params, ids, length, skip = corpus
+    want, keep = by_hand(params, ids, length, skip)
+    rows, read = np.array([7, 2, 9, 0, 10]), read_from(ids, length)
+    pieces = list(encode.encode_pieces(counted([])[0], params, CFG, read, rows, skip, batch=2))
+    assert [len(piece) for piece in pieces] == [2, 2, 1]
+    np.testing.assert_allclose(np.concatenate([p.vectors_NxPxC for p in pieces]), want[rows], atol=1e-3)
+    np.testing.assert_array_equal(np.concatenate([p.keep_NxP for p in pieces]), keep[rows])
+    assert list(encode.encode_pieces(counted([])[0], params, CFG, read, rows[:0], skip, batch=2)) == []
+
+
 def test_compiles_once_over_refreshes(corpus):
     params, ids, length, skip = corpus
     calls = []

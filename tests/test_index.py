@@ -1,62 +1,24 @@
 """Exact and ScaNN indexes and the directory they are kept in; ScaNN is the real one."""
 
 import doctest
-import json
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from indexes import CFG, QUERY_TOKENS, TOKENS, all_scores, build, clustered, recall_of, scann_index
 
-from jmlr_jax.config import IndexConfig
-from jmlr_jax.retrieval import exact, scann, store
+from jmlr_jax.retrieval import build as build_module
+from jmlr_jax.retrieval import exact, scann, store, tune
+from jmlr_jax.retrieval.build import sample_rows
 from jmlr_jax.retrieval.exact import ExactIndex
 from jmlr_jax.retrieval.scann import ScannIndex, ScannSettings
-from jmlr_jax.retrieval.store import IndexUnusable, build_index, open_index, params_fingerprint
+from jmlr_jax.retrieval.store import params_fingerprint
 from jmlr_jax.retrieval.vectors import TokenVectors
-
-DIM, TOKENS, QUERY_TOKENS = 16, 8, 5
-CFG = IndexConfig(kind="scann", rerank=40, fde_repetitions=8, fde_simhash_bits=3, fde_projection=8, fde_final=256)
-
-
-def clustered(n, questions, seed=0):
-    """Passages around 30 topics, each token near its topic or anywhere; questions near tokens of one passage."""
-    rng = np.random.default_rng(seed)
-    topics = rng.normal(size=(30, DIM))
-    p = topics[rng.integers(0, 30, n)][:, None] + 0.8 * rng.normal(size=(n, TOKENS, DIM))
-    p /= np.linalg.norm(p, axis=-1, keepdims=True)
-    keep = np.arange(TOKENS) < rng.integers(3, TOKENS + 1, n)[:, None]
-    source = rng.integers(0, n, questions)
-    q = p[source][:, rng.integers(0, 3, QUERY_TOKENS)] + 0.15 * rng.normal(size=(questions, QUERY_TOKENS, DIM))
-    q /= np.linalg.norm(q, axis=-1, keepdims=True)
-    return TokenVectors(p.astype(np.float16), keep), q.astype(np.float32)
-
-
-def all_scores(vectors, q):
-    """MaxSim of every pair, in numpy float64."""
-    p = vectors.vectors_NxPxC.astype(np.float64)
-    similarity = np.einsum("bqc,npc->bnqp", q.astype(np.float64), p)
-    return np.where(vectors.keep_NxP[:, None], similarity, -np.inf).max(-1).sum(-1)
-
-
-def recall_of(got, want):
-    return np.mean([len(set(g) & set(w)) / len(w) for g, w in zip(got, want, strict=True)])
-
-
-def build(vectors, q, kind="scann", **changes):
-    return build_index(
-        vectors,
-        CFG.model_copy(update={"kind": kind, **changes}),
-        model_fingerprint="model-a",
-        corpus_fingerprint="corpus-a",
-        sample_q_NxQxC=q,
-        recall_at=(1, 10),
-    )
 
 
 def test_docstrings():
-    for module, attempted in ((exact, 2), (scann, 3), (store, 3)):
+    for module, attempted in ((exact, 2), (scann, 3), (store, 4), (tune, 2), (build_module, 2)):
         assert doctest.testmod(module) == (0, attempted)
 
 
@@ -122,7 +84,7 @@ def test_scann_finds_what_the_oracle_finds(how):
     """Brute force, quantised, and tree: re-ranked by exact MaxSim, with exact scores."""
     vectors, q = clustered(1500, 40)
     truth = all_scores(vectors, q)
-    rows, scores = ScannIndex.build(vectors, CFG, 0, how).search(q, 5)
+    rows, scores = scann_index(vectors, CFG, how).search(q, 5)
     assert recall_of(rows, np.argsort(-truth, axis=1)[:, :5]) > 0.8
     np.testing.assert_allclose(scores, np.take_along_axis(truth, rows, axis=1), rtol=1e-5)
     assert np.all(np.diff(scores, axis=1) <= 0)
@@ -131,7 +93,7 @@ def test_scann_finds_what_the_oracle_finds(how):
 def test_scann_short_tree_search_is_padded():
     """One leaf searched of many: fewer hits than asked for come back as -1, never as row 0 repeated."""
     vectors, q = clustered(1500, 10)
-    index = ScannIndex.build(vectors, CFG.model_copy(update={"rerank": 400}), 0, ScannSettings(60, 1, True))
+    index = scann_index(vectors, CFG.model_copy(update={"rerank": 400}), ScannSettings(60, 1, True))
     rows, scores = index.search(q, 400)
     assert np.any(rows == -1)
     for row, score in zip(rows, scores, strict=True):
@@ -142,38 +104,8 @@ def test_scann_short_tree_search_is_padded():
 
 def test_more_hits_than_rerank_when_k_asks_for_them():
     vectors, q = clustered(300, 3)
-    index = ScannIndex.build(vectors, CFG, 0, ScannSettings(None, None, True))
+    index = scann_index(vectors, CFG, ScannSettings(None, None, True))
     assert np.all(index.search(q, 250)[0] >= 0)
-
-
-@pytest.mark.parametrize("kind", ["exact", "scann"])
-def test_saved_index_answers_the_same(kind, tmp_path, monkeypatch):
-    """Also after the directory moved and the working directory changed; vectors stay on disk."""
-    vectors, q = clustered(120, 6)
-    index = build(vectors, q, kind)
-    index.save(tmp_path / "here")
-    os.rename(tmp_path / "here", tmp_path / "there")
-    monkeypatch.chdir(tmp_path)
-    again = open_index("there", "model-a", "corpus-a")
-    assert isinstance(again.vectors.vectors_NxPxC, np.memmap)
-    for got, want in zip(again.search(q, 9), index.search(q, 9), strict=True):
-        np.testing.assert_array_equal(got, want)
-    assert again.card == index.card
-
-
-def test_card(tmp_path):
-    vectors, q = clustered(200, 20)
-    index = build(vectors, q, oracle_queries=15)
-    index.save(tmp_path)
-    card = json.loads((tmp_path / "card.json").read_text())
-    want = all_scores(vectors, q[:15])
-    got, _ = index.search(q[:15], 10)
-    assert card["kind"] == "scann" and card["oracle_queries"] == 15
-    assert card["recall"]["10"] == pytest.approx(recall_of(got, np.argsort(-want, axis=1)[:, :10]))
-    assert card["recall"]["1"] == pytest.approx(recall_of(got[:, :1], np.argsort(-want, axis=1)[:, :1]))
-    assert [card["passages"], card["passage_tokens"], card["dim"]] == [200, TOKENS, DIM]
-    assert card["total_bytes"] == sum(f.stat().st_size for f in (tmp_path / card["data_dir"]).rglob("*") if f.is_file())
-    assert build(vectors, q, "exact").card.recall == {}
 
 
 def test_auto_chooses_by_size():
@@ -182,89 +114,98 @@ def test_auto_chooses_by_size():
     assert build(vectors, q, "auto", exact_below=50).card.kind == "scann"
 
 
-@pytest.fixture
-def saved(tmp_path):
-    vectors, q = clustered(60, 2)
-    build(vectors, q).save(tmp_path / "index")
-    return tmp_path / "index"
+@pytest.mark.parametrize("kind", ["exact", "scann"])
+def test_rows_that_are_not_allowed_are_never_returned(kind):
+    """Among few allowed ones all are found, however far down ScaNN has them."""
+    vectors, q = clustered(300, 6)
+    index, truth = build(vectors, q, kind), all_scores(vectors, q)
+    for allowed in (np.arange(300) % 2 == 0, np.arange(300) % 50 == 7, np.arange(300) == 12, np.zeros(300, bool)):
+        rows, scores = index.search(q, 4, allowed)
+        assert allowed[rows[rows >= 0]].all()
+        found = min(4, allowed.sum())
+        assert (rows >= 0).sum(1).tolist() == [found] * 6 and np.isneginf(scores[:, found:]).all()
+        if allowed.sum() <= 6:
+            np.testing.assert_array_equal(
+                rows[:, :found], np.argsort(-np.where(allowed, truth, -np.inf), axis=1, kind="stable")[:, :found]
+            )
+    with pytest.raises(ValueError, match=r"bool \[300\]"):
+        index.search(q, 3, np.ones(299, bool))
 
 
-def data_dir(saved):
-    return saved / json.loads((saved / "card.json").read_text())["data_dir"]
+def test_few_allowed_rows_are_found_in_a_tree_too():
+    vectors, q = clustered(1500, 10)
+    index = scann_index(vectors, CFG, ScannSettings(40, 2, True))
+    allowed = np.arange(1500) % 100 == 3
+    rows, _ = index.search(q, 15, allowed)
+    assert np.array_equal(np.sort(rows, 1), np.tile(np.flatnonzero(allowed), (10, 1)))
 
 
-def test_another_model_or_corpus_is_refused(saved):
-    with pytest.raises(IndexUnusable, match="another retriever.*build the index again"):
-        open_index(saved, "model-b", "corpus-a")
-    with pytest.raises(IndexUnusable, match="another corpus"):
-        open_index(saved, "model-a", "corpus-b")
-    with pytest.raises(IndexUnusable, match="card.json is missing"):
-        open_index(saved.parent, "model-a", "corpus-a")
+@pytest.mark.parametrize("questions", [1, 3, 70])
+def test_batches_of_any_size_give_the_same(questions):
+    vectors, q = clustered(200, 70)
+    index = scann_index(vectors, CFG)
+    every, _ = index.search(q, 5)
+    np.testing.assert_array_equal(index.search(q[:questions], 5)[0], every[:questions])
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-1])
+@pytest.mark.parametrize("bits, least", [(8, 0.97), (4, 0.85), (2, 0.6)])
+def test_coded_tokens_rank_nearly_as_the_exact_ones(bits, least):
+    vectors, q = clustered(500, 40)
+    index = build(vectors, q, bits=bits, rerank=500)
+    truth = np.argsort(-all_scores(vectors, q), axis=1)[:, :10]
+    assert recall_of(index.search(q, 10)[0], truth) > least
+    assert index.card.bits == bits
 
 
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+def test_tuning_takes_the_fewest_hits_that_reach_the_target():
+    vectors, q = clustered(500, 60)
+    index = build(vectors, q, rerank=400, recall=0.9)
+    truth = np.argsort(-all_scores(vectors, q), axis=1)[:, :10]
+    curve = index.curve
+    assert curve.reached and curve.target == 0.9 and curve.k == 10 and curve.questions == 60
+    assert [p.hits for p in curve.points] == tune.grid(10, 400)
+    good = [p for p in curve.points if p.recall >= 0.9]
+    assert curve.chosen == good[0] and 10 < index.card.hits == good[0].hits < 400
+    assert recall_of(index.search(q, 10)[0], truth) == pytest.approx(good[0].recall, abs=1e-3)
+    assert index.card.recall["10"] >= 0.9 and index.card.recall_target == 0.9
+    assert tune.picture(curve).startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", ["vectors.npy", "keep.npy", "fde.npz", "scann/dataset.npy"])
-@pytest.mark.parametrize(
-    "damage, message", [(truncate, "were written"), (flip, "contents changed"), (os.remove, "missing")]
-)
-def test_damaged_files_are_refused(saved, name, damage, message):
-    damage(data_dir(saved) / name)
-    with pytest.raises(IndexUnusable, match=rf"{name}.*{message}"):
-        open_index(saved, "model-a", "corpus-a")
+def test_a_target_out_of_reach_is_owned_up_to():
+    vectors, q = clustered(500, 40)
+    index = build(vectors, q, rerank=12, recall=0.999)
+    assert not index.curve.reached and index.card.hits == 12 and index.card.recall["10"] < 0.999
 
 
-def test_unknown_files_are_refused(saved):
-    """ScaNN would unpickle this one."""
-    (data_dir(saved) / "scann" / "scann_docids.pkl").write_bytes(b"")
-    with pytest.raises(IndexUnusable, match="scann_docids.pkl: not part"):
-        open_index(saved, "model-a", "corpus-a")
+def test_a_tree_is_tuned_in_both_directions(monkeypatch):
+    monkeypatch.setattr(scann, "settings", lambda passages: ScannSettings(32, 4, True))
+    vectors, q = clustered(1500, 30)
+    index = build(vectors, q, rerank=100, recall=0.7)
+    assert {p.leaves for p in index.curve.points} == {1, 2, 4, 8}
+    assert index.card.leaves == index.curve.chosen.leaves == index.searcher.leaves
+    work = [p.hits * p.leaves for p in index.curve.points if p.recall >= 0.7]
+    assert index.curve.chosen.hits * index.curve.chosen.leaves == min(work)
 
 
-@pytest.mark.parametrize("change", [{"data_dir": "../data-x"}, {"kind": "faiss"}, {"passages": 61}, {"surplus": 1}])
-def test_broken_cards_are_refused(saved, change):
-    card = json.loads((saved / "card.json").read_text()) | change
-    (saved / "card.json").write_text(json.dumps(card))
-    with pytest.raises(IndexUnusable, match="build the index again"):
-        open_index(saved, "model-a", "corpus-a")
-    (saved / "card.json").write_text("{")
-    with pytest.raises(IndexUnusable, match="not a readable index card"):
-        open_index(saved, "model-a", "corpus-a")
+def test_pieces_make_the_same_index_as_the_whole(monkeypatch):
+    """The sample is drawn from the whole corpus, so the code is the same too."""
+    vectors, q = clustered(300, 4)
+    want = build(vectors, q, bits=4).search(q, 5)
+    monkeypatch.setattr(build_module, "BUILD_BATCH", 37)
+    got = build(vectors, q, bits=4).search(q, 5)
+    np.testing.assert_array_equal(got[0], want[0])
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-5)
+    monkeypatch.setattr(build_module, "SAMPLE_PASSAGES", 10)
+    rows = sample_rows(300, 0)
+    assert len(rows) == 10 and (np.diff(rows) > 0).all() and rows.max() > 150
 
 
-@pytest.mark.parametrize("call", ["save", "_entry", "replace"])
-def test_failed_save_leaves_the_previous_index(saved, call, monkeypatch):
-    """The disk fills up while the searcher, the checksums or the card are written."""
-    vectors, q = clustered(40, 2, seed=9)
-    before = open_index(saved, "model-a", "corpus-a").search(q, 5)
-
-    def fail(*args, **kwargs):
-        raise OSError("no space left")
-
-    owner = {"save": ScannIndex, "_entry": store, "replace": store.os}[call]
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, call, fail)
-        with pytest.raises(OSError, match="no space left"):
-            build(vectors, q).save(saved)
-    after = open_index(saved, "model-a", "corpus-a")
-    assert len(after.vectors) == 60
-    np.testing.assert_array_equal(after.search(q, 5)[0], before[0])
-    assert sorted(p.name for p in saved.iterdir()) == sorted(["card.json", data_dir(saved).name])
-
-
-def test_new_index_replaces_the_old_one(saved):
-    vectors, q = clustered(40, 2, seed=9)
-    build(vectors, q).save(saved)
-    assert len(open_index(saved, "model-a", "corpus-a").vectors) == 40
-    assert len(list(saved.iterdir())) == 2
+def test_a_wrong_count_of_passages_is_refused():
+    vectors, _ = clustered(20, 1)
+    with pytest.raises(ValueError, match="more passages came than the 19"):
+        ScannIndex.build([vectors], vectors, 19, CFG, 0)
+    with pytest.raises(ValueError, match="only 20 passages came for an index of 21"):
+        ScannIndex.build([vectors], vectors, 21, CFG, 0)
 
 
 def test_vectors_of_other_types_are_refused():

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jmlr_jax.retrieval.vectors import TokenVectors, check_queries
+from jmlr_jax.retrieval.tokens import trimmed
+from jmlr_jax.retrieval.vectors import TokenVectors, check_allowed, check_queries
 from jmlr_jax.scoring import maxsim
 
 QUERY_BATCH = 8
@@ -34,10 +35,10 @@ def _merge_block(
     q_GxbxQxC: Array,
     p_NxPxC: Array,
     keep_NxP: Array,
+    allowed_N: Array,
     first_row: Array,
-    rows: Array,
 ) -> tuple[Array, Array]:
-    """Best K so far of every question, after one more block of passages; rows past ``rows`` are padding."""
+    """Best K so far of every question, after one more block of passages; those not allowed are never among them."""
     k = best_score_GxbxK.shape[-1]
     p_NxPxC = p_NxPxC.astype(jnp.float32)
     offset_N = jnp.arange(len(p_NxPxC), dtype=jnp.int32)
@@ -47,7 +48,7 @@ def _merge_block(
 
     def group(args: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         q_bxQxC, score_bxK, row_bxK = args
-        new_bxN = jnp.where(offset_N < rows, jax.vmap(one)(q_bxQxC), -jnp.inf)
+        new_bxN = jnp.where(allowed_N, jax.vmap(one)(q_bxQxC), -jnp.inf)
         # Older rows come first and top_k is stable, so equal scores keep the order of the corpus.
         score_bxE = jnp.concatenate([score_bxK, new_bxN], axis=1)
         row_bxE = jnp.concatenate([row_bxK, jnp.broadcast_to(first_row + offset_N, new_bxN.shape)], axis=1)
@@ -57,45 +58,73 @@ def _merge_block(
     return jax.lax.map(group, (q_GxbxQxC, best_score_GxbxK, best_row_GxbxK))
 
 
-class ExactIndex:
-    """Scores every passage. Blocks travel from the host, so device memory does not grow with the corpus.
+class ExactSearch:
+    """The best K of some questions over a corpus that comes in pieces, so that it need not be held anywhere.
 
-    Shapes are static: one compilation per (number of questions rounded up, k).
+    Shapes are static: one compilation per (number of questions rounded up, k, block size).
+
+    Args:
+      q_NxQxC: questions, see :class:`jmlr_jax.retrieval.vectors.Searcher`.
+      k: how many passages.
     """
+
+    def __init__(self, q_NxQxC: np.ndarray, k: int):
+        self._questions, self._k = len(q_NxQxC), k
+        q_NxQxC = trimmed(q_NxQxC)
+        groups = -(-len(q_NxQxC) // QUERY_BATCH)
+        padded = np.zeros((groups * QUERY_BATCH, *q_NxQxC.shape[1:]), np.float32)
+        padded[: len(q_NxQxC)] = q_NxQxC
+        self._q_GxbxQxC = jnp.asarray(padded.reshape(groups, QUERY_BATCH, *q_NxQxC.shape[1:]))
+        self._score = jnp.full((groups, QUERY_BATCH, k), -jnp.inf, jnp.float32)
+        self._row = jnp.full((groups, QUERY_BATCH, k), -1, jnp.int32)
+
+    def add(self, vectors: TokenVectors, first_row: int, allowed_N: np.ndarray | None = None) -> None:
+        """Scores a piece whose passages are the rows from ``first_row`` on; ``allowed_N`` bool leaves some out."""
+        passages, passage_tokens, _ = vectors.vectors_NxPxC.shape
+        size = block_size(passages, self._q_GxbxQxC.shape[2], passage_tokens)
+        for first in range(0, passages if self._questions else 0, size):
+            p_NxPxC, keep_NxP = vectors.vectors_NxPxC[first : first + size], vectors.keep_NxP[first : first + size]
+            rows = len(p_NxPxC)
+            allowed = np.zeros(size, bool)
+            allowed[:rows] = True if allowed_N is None else allowed_N[first : first + rows]
+            if rows < size:
+                p_NxPxC = np.pad(p_NxPxC, ((0, size - rows), (0, 0), (0, 0)))
+                keep_NxP = np.pad(keep_NxP, ((0, size - rows), (0, 0)))
+            self._score, self._row = _merge_block(
+                self._score, self._row, self._q_GxbxQxC, p_NxPxC, keep_NxP, allowed, np.int32(first_row + first)
+            )
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows int32 [N, k], -1 where there is no further passage, and MaxSim float32 [N, k], -inf there."""
+        score_NxK = np.asarray(self._score).reshape(-1, self._k)[: self._questions]
+        row_NxK = np.asarray(self._row).reshape(-1, self._k)[: self._questions]
+        return np.where(np.isneginf(score_NxK), -1, row_NxK).astype(np.int32), score_NxK
+
+
+class ExactIndex:
+    """Scores every passage. Blocks travel from the host, so device memory does not grow with the corpus."""
 
     kind = "exact"
 
     def __init__(self, vectors: TokenVectors):
         self.vectors = vectors
 
-    def search(self, q_NxQxC: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def dim(self) -> int:
+        """C, width of a token vector."""
+        return self.vectors.vectors_NxPxC.shape[-1]
+
+    def search(self, q_NxQxC: np.ndarray, k: int, allowed_N: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """See :class:`jmlr_jax.retrieval.vectors.Searcher`; a block crosses to the device once per call.
 
         Raises:
-          ValueError: width of the queries differs from the index, or k is below 1.
+          ValueError: width of the queries or length of the mask differ from the index, or k is below 1.
         """
-        passages, passage_tokens, dim = self.vectors.vectors_NxPxC.shape
-        check_queries(q_NxQxC, dim, k)
-        questions, query_tokens, _ = q_NxQxC.shape
-        if questions == 0:
-            return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
-        groups = -(-questions // QUERY_BATCH)
-        padded = np.zeros((groups * QUERY_BATCH, query_tokens, dim), np.float32)
-        padded[:questions] = q_NxQxC
-        q_GxbxQxC = jnp.asarray(padded.reshape(groups, QUERY_BATCH, query_tokens, dim))
-        score = jnp.full((groups, QUERY_BATCH, k), -jnp.inf, jnp.float32)
-        row = jnp.full((groups, QUERY_BATCH, k), -1, jnp.int32)
-        size = block_size(passages, query_tokens, passage_tokens)
-        for first in range(0, passages, size):
-            p_NxPxC, keep_NxP = (
-                self.vectors.vectors_NxPxC[first : first + size],
-                self.vectors.keep_NxP[first : first + size],
-            )
-            rows = len(p_NxPxC)
-            if rows < size:
-                p_NxPxC = np.pad(p_NxPxC, ((0, size - rows), (0, 0), (0, 0)))
-                keep_NxP = np.pad(keep_NxP, ((0, size - rows), (0, 0)))
-            score, row = _merge_block(score, row, q_GxbxQxC, p_NxPxC, keep_NxP, np.int32(first), np.int32(rows))
-        score_NxK = np.asarray(score).reshape(-1, k)[:questions]
-        row_NxK = np.asarray(row).reshape(-1, k)[:questions]
-        return np.where(np.isneginf(score_NxK), -1, row_NxK).astype(np.int32), score_NxK
+        check_queries(q_NxQxC, self.dim, k)
+        check_allowed(allowed_N, len(self))
+        search = ExactSearch(q_NxQxC, k)
+        search.add(self.vectors, 0, allowed_N)
+        return search.result()

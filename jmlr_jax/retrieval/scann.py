@@ -1,27 +1,30 @@
-"""ScaNN over fixed-dimensional encodings, re-ranked by exact MaxSim on the device."""
+"""ScaNN over fixed-dimensional encodings, re-ranked on the device by MaxSim of the stored token vectors."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from scann.scann_ops.py import scann_ops_pybind
+from scann.scann_ops.py.scann_builder import ReorderType
 
 from jmlr_jax.config import IndexConfig
+from jmlr_jax.retrieval.code import TokenCode, fit_code
 from jmlr_jax.retrieval.fde import FDEParams, init_fde, passage_fde, query_fde
-from jmlr_jax.retrieval.vectors import TokenVectors, check_queries
-from jmlr_jax.scoring import maxsim, top
+from jmlr_jax.retrieval.tokens import BATCHES, TokenStore, best_of, padded, score_tokens, trimmed
+from jmlr_jax.retrieval.vectors import TokenVectors, check_allowed, check_queries
 
-QUERY_BATCH = 8
-REORDER = 4  # quantised hits scored again on full vectors, for each hit wanted
+SCORE_BATCH = BATCHES[1]
+SAMPLE_TOKENS = 1_000_000  # from which a token code is learned
+SAMPLE_PASSAGES = 20_000  # of which no more are taken
+BUILD_BATCH = 1024  # passages encoded and coded at once while building
+SOAR_LAMBDA = 1.5  # ScaNN's own choice where spilling is on
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,15 @@ class ScannSettings:
 
     leaves: int | None
     leaves_searched: int | None
-    quantised: bool  # asymmetric hashing and reordering, or brute force
+    quantised: bool  # asymmetric hashing, or brute force over bfloat16 encodings
 
 
 def settings(passages: int) -> ScannSettings:
     """Settings by corpus size, as ScaNN's authors advise.
 
-    Brute force below 20,000 passages, asymmetric hashing and reordering below 100,000, above that a tree of
-    about sqrt(n) leaves in front of them, an eighth of which are searched.
+    Brute force below 20,000 passages, asymmetric hashing below 100,000, above that a tree of about sqrt(n) leaves in
+    front of it, with every encoding in two leaves (SOAR, arXiv 2404.00774). ScaNN's own reordering is left out:
+    re-ranking by MaxSim takes its place, and its copy of the encodings would be most of the index.
 
     >>> settings(5_000)
     ScannSettings(leaves=None, leaves_searched=None, quantised=False)
@@ -54,106 +58,281 @@ def settings(passages: int) -> ScannSettings:
     return ScannSettings(leaves, -(-leaves // 8), True)
 
 
-def build_searcher(fde_NxF: np.ndarray, hits: int, how: ScannSettings) -> Any:
+def build_searcher(fde_NxF: np.ndarray, how: ScannSettings) -> Any:
     """Trains a ScaNN searcher by inner product. Training is not deterministic: save the result."""
-    builder = scann_ops_pybind.builder(fde_NxF, hits, "dot_product").set_n_training_threads(os.cpu_count() or 1)
+    builder = scann_ops_pybind.builder(fde_NxF, min(100, len(fde_NxF)), "dot_product")
+    builder = builder.set_n_training_threads(os.cpu_count() or 1)
     if how.leaves is not None:
-        builder = builder.tree(how.leaves, how.leaves_searched, training_sample_size=len(fde_NxF))
+        sample = min(len(fde_NxF), 100 * how.leaves)
+        builder = builder.tree(how.leaves, how.leaves_searched, training_sample_size=sample, soar_lambda=SOAR_LAMBDA)
     if how.quantised:
-        builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(REORDER * hits)
-    else:
-        builder = builder.score_brute_force()
-    return builder.build()
+        return builder.score_ah(2, anisotropic_quantization_threshold=0.2).build()
+    return builder.score_brute_force(ReorderType.BFLOAT16).build()
 
 
-def encode_passages_fde(params: FDEParams, vectors: TokenVectors, batch: int) -> np.ndarray:
-    """Fixed-dimensional encodings of a corpus, float32 [N, F], ``batch`` passages at a time in one compiled shape."""
-    out = np.empty((len(vectors), params.order_GxF.shape[1]), np.float32)
-    for first in range(0, len(vectors), batch):
-        p, keep = vectors.vectors_NxPxC[first : first + batch], vectors.keep_NxP[first : first + batch]
-        short = batch - len(p)
-        fde = passage_fde(params, np.pad(p, ((0, short), (0, 0), (0, 0))), np.pad(keep, ((0, short), (0, 0))))
-        out[first : first + batch] = np.asarray(fde)[: len(p)]
-    return out
+@dataclass(frozen=True)
+class Part:
+    """Passages that were indexed together: the whole corpus, or what an update brought."""
 
+    tokens: TokenStore
+    searcher: Any
+    how: ScannSettings
 
-@partial(jax.jit, static_argnames="k")
-def _rerank(
-    q_BxQxC: Array, p_BxHxPxC: Array, keep_BxHxP: Array, valid_BxH: Array, k: int
-) -> tuple[Array, Array, Array]:
-    """Exact MaxSim of H hits; returns the best k: position among the hits, whether there is one, score."""
+    def save(self, directory: Path) -> None:
+        """Writes the token files and ``scann/`` into an existing directory."""
+        self.tokens.save(directory)
+        (directory / "settings.json").write_text(json.dumps(asdict(self.how)) + "\n")
+        (directory / "scann").mkdir()
+        # Relative asset paths: the directory may be moved as a whole.
+        self.searcher.serialize(str((directory / "scann").absolute()), relative_path=True)
 
-    def one(args: tuple[Array, Array, Array]) -> Array:
-        q_QxC, p_HxPxC, keep_HxP = args
-        return maxsim(q_QxC[None], p_HxPxC.astype(jnp.float32)[None], keep_HxP[None])[0]
+    @classmethod
+    def load(cls, directory: Path, code: TokenCode | None) -> Part:
+        """Reads what :meth:`save` wrote."""
+        # ScaNN resolves its assets against the path as given: only an absolute one survives a change of directory.
+        searcher = scann_ops_pybind.load_searcher(str((directory / "scann").absolute()), assets_backcompat_shim=False)
+        how = ScannSettings(**json.loads((directory / "settings.json").read_text()))
+        return cls(TokenStore.load(directory, code), searcher, how)
 
-    score_BxH = jax.lax.map(one, (q_BxQxC, p_BxHxPxC, keep_BxHxP))  # one question at a time bounds memory
-    at_BxK, taken_BxK = top(score_BxH, valid_BxH, k)
-    return at_BxK, taken_BxK, jnp.take_along_axis(score_BxH, at_BxK, axis=1)
+    def nearest(self, fde_NxF: np.ndarray, hits: int, leaves: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Passages int32 [N, hits] (-1 padding) by product of encodings float32 [N, hits] (-inf there)."""
+        hits = min(hits, len(self.tokens))
+        share = -(-len(fde_NxF) // (os.cpu_count() or 1))
+        at, product = self.searcher.search_batched_parallel(
+            fde_NxF, final_num_neighbors=hits, leaves_to_search=leaves, batch_size=max(1, share)
+        )
+        # A tree search that finds too few pads with row 0 and NaN; with SOAR a passage may come from both its leaves.
+        at = np.where(np.isnan(product), -1, at.astype(np.int64)).astype(np.int32)
+        if self.how.leaves is not None:
+            at = _without_repeats(at)
+        return at, np.where(at >= 0, product, -np.inf).astype(np.float32)
 
 
 class ScannIndex:
-    """ScaNN's hits on the encodings, re-ranked by exact MaxSim over the token vectors.
+    """ScaNN's hits on the encodings, re-ranked by MaxSim over the stored token vectors.
 
-    Use :meth:`build` or :meth:`load`.
+    Use :meth:`build` or the store.
+
+    Attributes:
+      params: draws of the encoding.
+      code: of the token vectors, None for float16.
+      parts: what was indexed together; entries are numbered through them.
+      entry_N: int64, the entry that holds each row of the corpus.
+      hits: how many of ScaNN's hits are scored.
+      leaves: how many leaves the first part's search visits; None without a tree.
     """
 
     kind = "scann"
 
-    def __init__(self, vectors: TokenVectors, params: FDEParams, searcher: Any, rerank: int):
-        self.vectors, self.params, self._searcher, self.rerank = vectors, params, searcher, rerank
+    def __init__(
+        self,
+        params: FDEParams,
+        code: TokenCode | None,
+        parts: Sequence[Part],
+        entry_N: np.ndarray,
+        hits: int,
+        leaves: int | None,
+    ):
+        self.params, self.code, self.parts, self.entry_N = params, code, tuple(parts), np.asarray(entry_N)
+        self.hits, self.leaves = hits, leaves
+        self.starts = np.cumsum([0, *(len(part.tokens) for part in self.parts)])
+        self.row_E = np.full(self.starts[-1], -1, np.int32)  # the row that each entry holds, -1: none any more
+        self.row_E[self.entry_N] = np.arange(len(self.entry_N), dtype=np.int32)
+        alive = [self.row_E[a:b] >= 0 for a, b in zip(self.starts[:-1], self.starts[1:], strict=True)]
+        self._alive = [None if part.all() else part for part in alive]
 
     @classmethod
-    def build(cls, vectors: TokenVectors, cfg: IndexConfig, seed: int, how: ScannSettings | None = None) -> ScannIndex:
-        """Encodes the passages and trains the searcher; ``how`` None chooses by corpus size."""
-        params = init_fde(cfg, vectors.vectors_NxPxC.shape[-1], seed)
-        hits = min(cfg.rerank, len(vectors))
-        fde_NxF = encode_passages_fde(params, vectors, min(cfg.encode_batch, len(vectors)))
-        searcher = build_searcher(fde_NxF, hits, how or settings(len(vectors)))
-        return cls(vectors, params, searcher, cfg.rerank)
+    def build(
+        cls,
+        pieces: Iterable[TokenVectors],
+        sample: TokenVectors,
+        passages: int,
+        cfg: IndexConfig,
+        seed: int,
+        how: ScannSettings | None = None,
+    ) -> ScannIndex:
+        """An index of ``passages`` passages that come in pieces; ``sample`` are passages drawn from all of them.
 
-    def search(self, q_NxQxC: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """See :class:`jmlr_jax.retrieval.vectors.Searcher`; ``max(rerank, k)`` hits are re-ranked.
+        ``how`` None chooses ScaNN's settings by corpus size. ``hits`` is ``cfg.rerank``: :mod:`.tune` finds less.
+        """
+        tokens_TxC = sample.vectors_NxPxC[sample.keep_NxP]
+        params, code = learn(tokens_TxC, int(sample.keep_NxP.sum(1).mean() * passages), cfg, seed)
+        part = build_part(params, code, pieces, passages, how)
+        return cls(params, code, (part,), np.arange(passages), cfg.rerank, part.how.leaves_searched)
+
+    def tuned(self, hits: int, leaves: int | None) -> ScannIndex:
+        """The same index with other settings of its search."""
+        return ScannIndex(self.params, self.code, self.parts, self.entry_N, hits, leaves)
+
+    def __len__(self) -> int:
+        return len(self.entry_N)
+
+    @property
+    def dim(self) -> int:
+        """C, width of a token vector."""
+        return self.params.hash_RxCxH.shape[1]
+
+    def search(self, q_NxQxC: np.ndarray, k: int, allowed_N: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """See :class:`jmlr_jax.retrieval.vectors.Searcher`; max(hits, k) passages are scored for each question.
 
         Raises:
-          ValueError: width of the queries differs from the index, or k is below 1.
+          ValueError: width of the queries or length of the mask differ from the index, or k is below 1.
         """
-        passages, _, dim = self.vectors.vectors_NxPxC.shape
-        check_queries(q_NxQxC, dim, k)
-        hits = min(max(self.rerank, k), passages)
-        best = min(k, hits)
+        check_queries(q_NxQxC, self.dim, k)
+        check_allowed(allowed_N, len(self))
         rows_NxK = np.full((len(q_NxQxC), k), -1, np.int32)
         score_NxK = np.full((len(q_NxQxC), k), -np.inf, np.float32)
-        for first in range(0, len(q_NxQxC), QUERY_BATCH):
-            q_BxQxC = np.asarray(q_NxQxC[first : first + QUERY_BATCH], np.float32)
-            n = len(q_BxQxC)
-            q_BxQxC = np.pad(q_BxQxC, ((0, QUERY_BATCH - n), (0, 0), (0, 0)))
-            hit_BxH, similarity_BxH = self._searcher.search_batched_parallel(
-                np.asarray(query_fde(self.params, q_BxQxC)),
-                final_num_neighbors=hits,
-                pre_reorder_num_neighbors=REORDER * hits,
+        for first in range(0, len(q_NxQxC), BATCHES[-1]):
+            q = q_NxQxC[first : first + BATCHES[-1]]
+            row_NxH, _ = self.nearest(q, max(self.hits, k), allowed_N)
+            rows_NxK[first : first + len(q)], score_NxK[first : first + len(q)] = best_of(
+                row_NxH, self.score(q, row_NxH), k
             )
-            valid_BxH = ~np.isnan(similarity_BxH)  # a tree search that finds too few pads with row 0 and NaN
-            at, taken, score = _rerank(
-                q_BxQxC, self.vectors.vectors_NxPxC[hit_BxH], self.vectors.keep_NxP[hit_BxH], valid_BxH, best
-            )
-            rows = np.take_along_axis(hit_BxH.astype(np.int32), np.asarray(at), axis=1)
-            rows_NxK[first : first + n, :best] = np.where(taken, rows, -1)[:n]
-            score_NxK[first : first + n, :best] = np.where(taken, score, -np.inf)[:n]
         return rows_NxK, score_NxK
 
-    def save(self, directory: Path) -> None:
-        """Writes ``fde.npz`` and ``scann/`` into an existing directory; the token vectors are the store's."""
-        np.savez(directory / "fde.npz", **self.params._asdict())
-        (directory / "scann").mkdir()
-        # Relative asset paths: the directory may be moved as a whole.
-        self._searcher.serialize(str((directory / "scann").absolute()), relative_path=True)
+    def nearest(
+        self, q_NxQxC: np.ndarray, hits: int, allowed_N: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """ScaNN's best rows that are allowed, for at most 64 questions.
 
-    @classmethod
-    def load(cls, directory: Path, vectors: TokenVectors, rerank: int) -> ScannIndex:
-        """Reads what :meth:`save` wrote."""
-        with np.load(directory / "fde.npz", allow_pickle=False) as arrays:
-            params = FDEParams(**{name: arrays[name] for name in FDEParams._fields})
-        # ScaNN resolves its assets against the path as given: only an absolute one survives a change of directory.
-        searcher = scann_ops_pybind.load_searcher(str((directory / "scann").absolute()), assets_backcompat_shim=False)
-        return cls(vectors, params, searcher, rerank)
+        Returns:
+          rows int32 [N, hits], best first, -1 where there is no further one, and products of encodings float32
+          [N, hits], -inf there.
+        """
+        hits = min(hits, len(self))
+        fde_NxF = np.asarray(query_fde(self.params, padded(trimmed(q_NxQxC))))[: len(q_NxQxC)]
+        rows, products = [], []
+        for number, (part, start) in enumerate(zip(self.parts, self.starts, strict=False)):
+            row_e = self.row_E[start : start + len(part.tokens)]
+            alive = self._alive[number]
+            if allowed_N is not None:
+                alive = (row_e >= 0) & allowed_N[row_e]
+            leaves = part.how.leaves_searched if number else self.leaves
+            row, product = _living(part, fde_NxF, hits, alive, leaves)
+            rows.append(np.where(row >= 0, row_e[row], -1))
+            products.append(product)
+        return best_of(np.concatenate(rows, 1), np.concatenate(products, 1), hits)
+
+    def score(self, q_NxQxC: np.ndarray, row_NxH: np.ndarray) -> np.ndarray:
+        """MaxSim of the stored vectors of these rows, float32 [N, H], -inf where the row is -1.
+
+        The host gathers the tokens of the next questions while the device scores those of the last.
+        """
+        q_NxQxC = trimmed(q_NxQxC)
+        score_NxH = np.empty(row_NxH.shape, np.float32)
+        waiting: tuple[int, Any] | None = None
+        for first in [*range(0, len(q_NxQxC), SCORE_BATCH), None]:
+            made = None
+            if first is not None:
+                q_BxQxC = padded(q_NxQxC[first : first + SCORE_BATCH])
+                row_BxH = np.zeros((len(q_BxQxC), row_NxH.shape[1]), row_NxH.dtype)
+                row_BxH[: len(q_NxQxC) - first] = row_NxH[first : first + SCORE_BATCH]
+                tokens, length_BxH = self._gather(self.entry_N[np.maximum(row_BxH, 0)])
+                made = first, score_tokens(self.code, q_BxQxC, tokens, length_BxH)
+            if waiting is not None:
+                at, found = waiting
+                score_NxH[at : at + SCORE_BATCH] = np.asarray(found)[: len(q_NxQxC) - at]
+            waiting = made
+        return np.where(row_NxH >= 0, score_NxH, -np.inf)
+
+    def _gather(self, entry_BxH: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Tokens of entries, wherever they lie; see :meth:`TokenStore.gather`."""
+        if len(self.parts) == 1:
+            return self.parts[0].tokens.gather(entry_BxH)
+        part_BxH = np.searchsorted(self.starts, entry_BxH, side="right") - 1
+        found = {}
+        for number in np.unique(part_BxH):
+            here = part_BxH == number
+            found[number] = here, self.parts[number].tokens.gather(entry_BxH[here] - self.starts[number])
+        width = max(next(iter(tokens.values())).shape[1] for _, (tokens, _) in found.values())
+        length_BxH = np.zeros(entry_BxH.shape, np.int32)
+        merged: dict[str, np.ndarray] = {}
+        for here, (tokens, length) in found.values():
+            length_BxH[here] = length
+            for name, array in tokens.items():
+                if name not in merged:
+                    merged[name] = np.zeros((*entry_BxH.shape, width, *array.shape[2:]), array.dtype)
+                merged[name][here, : array.shape[1]] = array
+        return merged, length_BxH
+
+
+def learn(
+    tokens_TxC: np.ndarray, corpus_tokens: int, cfg: IndexConfig, seed: int
+) -> tuple[FDEParams, TokenCode | None]:
+    """The draws of the encoding, and the code learned from sampled tokens of a corpus of ``corpus_tokens``."""
+    params = init_fde(cfg, tokens_TxC.shape[1], seed)
+    if cfg.bits == 16:
+        return params, None
+    if len(tokens_TxC) > SAMPLE_TOKENS:
+        tokens_TxC = tokens_TxC[np.random.default_rng(seed).choice(len(tokens_TxC), SAMPLE_TOKENS, replace=False)]
+    return params, fit_code(tokens_TxC, cfg.bits, corpus_tokens, seed)
+
+
+def build_part(
+    params: FDEParams,
+    code: TokenCode | None,
+    pieces: Iterable[TokenVectors],
+    passages: int,
+    how: ScannSettings | None = None,
+) -> Part:
+    """Codes and encodes passages, a piece at a time, and trains ScaNN on the encodings."""
+    how = settings(passages) if how is None else how
+    fde_NxF = np.empty((passages, params.order_GxF.shape[1]), np.float32)
+    done = 0
+
+    def passing() -> Iterable[TokenVectors]:
+        nonlocal done
+        for piece in pieces:
+            if done + len(piece) > passages:
+                raise ValueError(f"more passages came than the {passages} that the index is for")
+            for first in range(0, len(piece), BUILD_BATCH):
+                block = piece.rows(slice(first, first + BUILD_BATCH))
+                fde_NxF[done : done + len(block)] = _passage_fde(params, block, min(BUILD_BATCH, passages))
+                done += len(block)
+                yield block
+
+    tokens = TokenStore.of(passing(), code)
+    if done != passages:
+        raise ValueError(f"only {done} passages came for an index of {passages}")
+    return Part(tokens, build_searcher(fde_NxF, how), how)
+
+
+def _passage_fde(params: FDEParams, block: TokenVectors, size: int) -> np.ndarray:
+    """Encodings of at most ``size`` passages, in one compiled shape."""
+    short = size - len(block)
+    p = np.pad(block.vectors_NxPxC, ((0, short), (0, 0), (0, 0)))
+    return np.asarray(passage_fde(params, p, np.pad(block.keep_NxP, ((0, short), (0, 0)))))[: len(block)]
+
+
+def _living(
+    part: Part, fde_NxF: np.ndarray, hits: int, alive: np.ndarray | None, leaves: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A part's hits among its living passages (None: all live): more are asked for until there are enough, or no more.
+
+    Returns:
+      passages int32 [N, any], -1 where dead or padding, and products float32.
+    """
+    if alive is None:
+        return part.nearest(fde_NxF, hits, leaves)
+    living, total, all_leaves = int(alive.sum()), len(alive), part.how.leaves
+    wanted, share = min(hits, living), total / max(1, living)
+    ask = math.ceil(hits * share)  # as many as suffice if the living are spread evenly
+    leaves = None if leaves is None else math.ceil(leaves * share)
+    while True:
+        ask = min(ask, total)
+        leaves = None if leaves is None or all_leaves is None else min(leaves, all_leaves)
+        at, product = part.nearest(fde_NxF, ask, leaves)
+        at = np.where((at >= 0) & alive[np.maximum(at, 0)], at, -1)
+        everything = ask == total and leaves == all_leaves
+        if everything or np.all((at >= 0).sum(1) >= wanted):
+            return at, np.where(at >= 0, product, -np.inf).astype(np.float32)
+        ask, leaves = 2 * ask, None if leaves is None else 2 * leaves
+
+
+def _without_repeats(at_NxH: np.ndarray) -> np.ndarray:
+    """Later occurrences of a passage in a row become -1."""
+    order = np.argsort(at_NxH, axis=1, kind="stable")
+    ordered = np.take_along_axis(at_NxH, order, 1)
+    repeat = np.zeros(at_NxH.shape, bool)
+    np.put_along_axis(repeat, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], 1)
+    return np.where(repeat, -1, at_NxH)

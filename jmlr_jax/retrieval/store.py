@@ -1,7 +1,8 @@
-"""Building an index, and the directory it is kept in.
+"""The directory an index is kept in.
 
-``DIR/card.json`` names one data directory beside it and lists its files with sizes and sha256. Writing goes to a
-fresh data directory, then the card is replaced in one move: at any moment ``DIR`` holds one whole index.
+``DIR/card.json`` names ``data-*`` folders beside it and lists their files with sizes and sha256. Writing goes to fresh
+folders, then the card is replaced in one move: at any moment ``DIR`` holds one whole index. Folders that the card does
+not name (of a killed writer, or of an index that was replaced) are never read and go with the next save.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -17,14 +18,17 @@ import jax
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from jmlr_jax.config import IndexConfig
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.files import write_text
+from jmlr_jax.retrieval.code import TokenCode
 from jmlr_jax.retrieval.exact import ExactIndex
-from jmlr_jax.retrieval.scann import ScannIndex
+from jmlr_jax.retrieval.fde import FDEParams
+from jmlr_jax.retrieval.scann import Part, ScannIndex
+from jmlr_jax.retrieval.tune import Curve, picture
 from jmlr_jax.retrieval.vectors import TokenVectors
 
 Kind = Literal["exact", "scann"]
+DIGEST_BYTES = 16
 
 
 class IndexUnusable(JmlrError):
@@ -39,44 +43,74 @@ class FileEntry(BaseModel):
     sha256: str
 
 
+class Folder(BaseModel):
+    """One ``data-*`` folder and everything in it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    files: dict[str, FileEntry]
+
+
 class Card(BaseModel):
     """What an index holds, of which model and corpus, and how good it is.
 
-    ``recall`` maps K (as text) to the mean share of the exact oracle's K best passages that the index returns,
-    over ``oracle_queries`` questions; empty for an exact index, which is its own oracle.
+    ``recall`` maps K (as text) to the mean share of the exact oracle's K best passages that the index returned when it
+    was built, over ``oracle_queries`` questions; empty for an exact index, which is its own oracle. ``entries`` counts
+    what is stored: more than ``passages`` once updates have left some behind.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     kind: Kind
     model_fingerprint: str
     corpus_fingerprint: str
     passages: int
-    passage_tokens: int
+    entries: int
     dim: int
-    rerank: int
+    bits: float
+    hits: int
+    leaves: int | None
     build_seconds: float
     oracle_queries: int
     recall: dict[str, float]
-    data_dir: str = ""
+    recall_target: float | None
+    updates: int = 0
     total_bytes: int = 0
-    files: dict[str, FileEntry] = {}
+    parts: list[Folder] = []
+    state: Folder = Folder(name="", files={})
 
 
 class Index:
-    """A searchable index and its card. ``search`` is that of :class:`jmlr_jax.retrieval.vectors.Searcher`."""
+    """A searchable index and its card. ``search`` is that of :class:`jmlr_jax.retrieval.vectors.Searcher`.
 
-    def __init__(self, searcher: ExactIndex | ScannIndex, card: Card):
-        self._searcher, self.card = searcher, card
+    Attributes:
+      searcher: what does the work.
+      card: see :class:`Card`.
+      digests_Ex16: uint8, of every stored passage (see :func:`passage_digests`); None where none were given.
+      curve: what the search was tuned on; None for an exact index and for one that was opened.
+    """
 
-    @property
-    def vectors(self) -> TokenVectors:
-        """Token vectors of the corpus, for exact scores."""
-        return self._searcher.vectors
+    def __init__(
+        self,
+        searcher: ExactIndex | ScannIndex,
+        card: Card,
+        digests_Ex16: np.ndarray | None = None,
+        curve: Curve | None = None,
+        home: Path | None = None,
+    ):
+        self.searcher, self.card, self.digests_Ex16, self.curve = searcher, card, digests_Ex16, curve
+        self._home = home  # where the parts of the card lie
 
-    def search(self, q_NxQxC: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def __len__(self) -> int:
+        return len(self.searcher)
+
+    def search(self, q_NxQxC: np.ndarray, k: int, allowed_N: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """See :class:`jmlr_jax.retrieval.vectors.Searcher`."""
-        return self._searcher.search(q_NxQxC, k)
+        return self.searcher.search(q_NxQxC, k, allowed_N)
+
+    def replaced(self, searcher: ExactIndex | ScannIndex, card: Card, digests_Ex16: np.ndarray | None) -> Index:
+        """An index that continues this one: saved to the same directory, it leaves the parts that are there alone."""
+        return Index(searcher, card, digests_Ex16, self.curve, self._home)
 
     def save(self, directory: Path | str) -> None:
         """Writes the index; whatever ``directory`` held before stays whole until the last moment, and is then removed.
@@ -84,144 +118,172 @@ class Index:
         Raises:
           OSError: the disk; the previous index is left as it was.
         """
-        directory = Path(directory)
+        directory = Path(directory).absolute()
         directory.mkdir(parents=True, exist_ok=True)
-        data = Path(tempfile.mkdtemp(prefix="data-", dir=directory))
+        parts = self.card.parts if self._home == directory else []
+        fresh: list[Path] = []
         try:
-            np.save(data / "vectors.npy", self.vectors.vectors_NxPxC, allow_pickle=False)
-            np.save(data / "keep.npy", self.vectors.keep_NxP, allow_pickle=False)
-            if isinstance(self._searcher, ScannIndex):
-                self._searcher.save(data)
-            files = {name: _entry(data / name) for name in _files_under(data)}
-            update = {
-                "data_dir": data.name,
-                "files": files,
-                "total_bytes": sum(entry.bytes for entry in files.values()),
-            }
-            card = self.card.model_copy(update=update)
+            for part in self._parts()[len(parts) :]:
+                fresh.append(Path(tempfile.mkdtemp(prefix="data-", dir=directory)))
+                _save_part(part, fresh[-1])
+                parts = [*parts, _folder(fresh[-1])]
+            fresh.append(Path(tempfile.mkdtemp(prefix="data-", dir=directory)))
+            self._save_state(fresh[-1])
+            state = _folder(fresh[-1])
+            total = sum(entry.bytes for folder in (*parts, state) for entry in folder.files.values())
+            card = self.card.model_copy(update={"parts": parts, "state": state, "total_bytes": total})
             write_text(directory / "card.json", card.model_dump_json(indent=2) + "\n")
         except BaseException:
-            shutil.rmtree(data, ignore_errors=True)
+            for folder in fresh:
+                shutil.rmtree(folder, ignore_errors=True)
             raise
-        self.card = card
+        self.card, self._home = card, directory
+        named = {folder.name for folder in (*parts, state)}
         for old in directory.glob("data-*"):
-            if old != data:
+            if old.name not in named:
                 shutil.rmtree(old, ignore_errors=True)
+        for part in directory.glob(".card.json.*.part"):  # of a writer that was killed
+            part.unlink(missing_ok=True)
+
+    def _parts(self) -> tuple[Part | TokenVectors, ...]:
+        return self.searcher.parts if isinstance(self.searcher, ScannIndex) else (self.searcher.vectors,)
+
+    def _save_state(self, folder: Path) -> None:
+        if isinstance(self.searcher, ScannIndex):
+            np.save(folder / "entries.npy", self.searcher.entry_N, allow_pickle=False)
+            np.savez(folder / "fde.npz", allow_pickle=False, **self.searcher.params._asdict())
+            if self.searcher.code is not None:
+                _save_code(self.searcher.code, folder / "code.npz")
+            if self.curve is not None:
+                (folder / "tradeoff.json").write_text(self.curve.model_dump_json(indent=1) + "\n", encoding="utf-8")
+                (folder / "tradeoff.png").write_bytes(picture(self.curve))
+            elif self.card.state.name and self._home is not None:  # opened, changed, saved: the picture stays
+                for name in ("tradeoff.json", "tradeoff.png"):
+                    if name in self.card.state.files:
+                        shutil.copyfile(self._home / self.card.state.name / name, folder / name)
+        if self.digests_Ex16 is not None:
+            np.save(folder / "digests.npy", self.digests_Ex16, allow_pickle=False)
 
 
-def build_index(
-    vectors: TokenVectors,
-    cfg: IndexConfig,
-    *,
-    model_fingerprint: str,
-    corpus_fingerprint: str,
-    sample_q_NxQxC: np.ndarray,
-    recall_at: tuple[int, ...],
-    seed: int = 0,
-) -> Index:
-    """Builds the index that ``cfg.kind`` names ("auto": exact below ``cfg.exact_below`` passages) and measures it.
+def open_index(directory: Path | str, model_fingerprint: str, corpus_fingerprint: str | None) -> Index:
+    """Opens a saved index for the given retriever and corpus; token vectors are memory-mapped.
 
     Args:
-      vectors: encoded corpus.
-      cfg: kind, encoding and re-ranking settings.
-      model_fingerprint: of the retriever that made the vectors, see :func:`params_fingerprint`.
-      corpus_fingerprint: of the tokenised corpus.
-      sample_q_NxQxC: questions for recall against the exact oracle; at most ``cfg.oracle_queries`` are used.
-      recall_at: the K at which recall is measured, such as ``train.candidates``.
-      seed: of the encodings' random draws.
-    """
-    start = time.perf_counter()
-    kind = cfg.kind if cfg.kind != "auto" else ("exact" if len(vectors) < cfg.exact_below else "scann")
-    searcher = ExactIndex(vectors) if kind == "exact" else ScannIndex.build(vectors, cfg, seed)
-    seconds = time.perf_counter() - start
-    recall: dict[str, float] = {}
-    questions = 0
-    if isinstance(searcher, ScannIndex):
-        sample = sample_q_NxQxC[: cfg.oracle_queries]
-        questions = len(sample)
-        recall = {str(k): r for k, r in recall_against_oracle(searcher, sample, recall_at).items()}
-    _, passage_tokens, dim = vectors.vectors_NxPxC.shape
-    card = Card(
-        kind=searcher.kind,
-        model_fingerprint=model_fingerprint,
-        corpus_fingerprint=corpus_fingerprint,
-        passages=len(vectors),
-        passage_tokens=passage_tokens,
-        dim=dim,
-        rerank=cfg.rerank,
-        build_seconds=round(seconds, 3),
-        oracle_queries=questions,
-        recall=recall,
-    )
-    return Index(searcher, card)
-
-
-def recall_against_oracle(searcher: ScannIndex, q_NxQxC: np.ndarray, ks: tuple[int, ...]) -> dict[int, float]:
-    """Mean share of the exact k best passages that the index's k best contain, for each k; empty without questions."""
-    if not len(q_NxQxC) or not ks:
-        return {}
-    deepest = min(max(ks), len(searcher.vectors))
-    want, _ = ExactIndex(searcher.vectors).search(q_NxQxC, deepest)
-    got, _ = searcher.search(q_NxQxC, deepest)
-    return {k: float(np.mean([np.isin(w[:k], g[:k]).mean() for w, g in zip(want, got, strict=True)])) for k in ks}
-
-
-def open_index(directory: Path | str, model_fingerprint: str, corpus_fingerprint: str) -> Index:
-    """Opens a saved index for the given retriever and corpus; token vectors are memory-mapped.
+      directory: see the module.
+      model_fingerprint: of the retriever, see :func:`params_fingerprint`.
+      corpus_fingerprint: of the tokenised corpus; None opens an index of any corpus, to be updated.
 
     Raises:
       IndexUnusable: there is no index, it belongs to another model or corpus, or a file is missing, changed or unknown.
     """
-    directory = Path(directory)
-    path = directory / "card.json"
+    directory = Path(directory).absolute()
+    while True:
+        text = _card_text(directory)
+        try:
+            return _open(directory, text, model_fingerprint, corpus_fingerprint)
+        except (IndexUnusable, OSError):
+            if _card_text(directory) == text:
+                raise
+            # A save swapped the index under our hands: what we read is gone, and the new one is whole.
+
+
+def _card_text(directory: Path) -> str:
     try:
-        card = Card.model_validate_json(path.read_text(encoding="utf-8"))
+        return (directory / "card.json").read_text(encoding="utf-8")
     except FileNotFoundError:
         raise IndexUnusable(f"{directory}: no index here (card.json is missing); build one with `jmlr index`") from None
-    except (ValidationError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        path = directory / "card.json"
+        raise IndexUnusable(f"{path}: not a readable index card ({error}); build the index again") from None
+
+
+def _open(directory: Path, text: str, model_fingerprint: str, corpus_fingerprint: str | None) -> Index:
+    path = directory / "card.json"
+    try:
+        card = Card.model_validate_json(text)
+    except ValidationError as error:
         raise IndexUnusable(f"{path}: not a readable index card ({error}); build the index again") from None
     for what, have, want in (
         ("retriever", card.model_fingerprint, model_fingerprint),
         ("corpus", card.corpus_fingerprint, corpus_fingerprint),
     ):
-        if have != want:
+        if want is not None and have != want:
             raise IndexUnusable(
                 f"{path}: built with another {what} ({have[:12]}, now {want[:12]}); build the index again"
             )
-    data = directory / card.data_dir
-    _verify(data, card)
+    for folder in (*card.parts, card.state):
+        _verify(directory, folder)
     try:
-        vectors = TokenVectors(
-            np.load(data / "vectors.npy", mmap_mode="r", allow_pickle=False),
-            np.load(data / "keep.npy", mmap_mode="r", allow_pickle=False),
-        )
-    except ValueError as error:
-        raise IndexUnusable(f"{data}: {error}; build the index again") from None
-    if vectors.vectors_NxPxC.shape != (card.passages, card.passage_tokens, card.dim):
-        raise IndexUnusable(
-            f"{data / 'vectors.npy'}: shape {list(vectors.vectors_NxPxC.shape)}, the card says "
-            f"{[card.passages, card.passage_tokens, card.dim]}; build the index again"
-        )
-    searcher = ExactIndex(vectors) if card.kind == "exact" else ScannIndex.load(data, vectors, card.rerank)
-    return Index(searcher, card)
+        searcher, digests = _load(directory, card)
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise IndexUnusable(f"{directory}: {error}; build the index again") from None
+    return Index(searcher, card, digests, home=directory)
 
 
-def _verify(data: Path, card: Card) -> None:
-    """Raises IndexUnusable unless the data directory holds exactly the files of the card, byte for byte."""
-    if Path(card.data_dir).name != card.data_dir or not card.data_dir.startswith("data-"):
+def _load(directory: Path, card: Card) -> tuple[ExactIndex | ScannIndex, np.ndarray | None]:
+    """The searcher and the digests of a verified directory; raises ValueError where files and card disagree."""
+    state = directory / card.state.name
+    searcher: ExactIndex | ScannIndex
+    if card.kind == "exact":
+        data = directory / card.parts[0].name
+        arrays = (np.load(data / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("vectors", "keep"))
+        searcher = ExactIndex(TokenVectors(*arrays))
+        entries = len(searcher)
+    else:
+        with np.load(state / "fde.npz", allow_pickle=False) as found:
+            params = FDEParams(**{name: found[name] for name in FDEParams._fields})
+        code = _load_code(state / "code.npz") if "code.npz" in card.state.files else None
+        parts = [Part.load(directory / folder.name, code) for folder in card.parts]
+        rows = np.load(state / "entries.npy", allow_pickle=False)
+        searcher = ScannIndex(params, code, parts, rows, card.hits, card.leaves)
+        entries = len(searcher.row_E)
+    have, want = [len(searcher), entries, searcher.dim], [card.passages, card.entries, card.dim]
+    if have != want:
+        raise ValueError(f"the files hold [passages, entries, width] {have}, card.json says {want}")
+    digests = np.load(state / "digests.npy", allow_pickle=False) if "digests.npy" in card.state.files else None
+    return searcher, digests
+
+
+def _save_part(part: Part | TokenVectors, folder: Path) -> None:
+    if isinstance(part, Part):
+        part.save(folder)
+    else:
+        np.save(folder / "vectors.npy", part.vectors_NxPxC, allow_pickle=False)
+        np.save(folder / "keep.npy", part.keep_NxP, allow_pickle=False)
+
+
+def _save_code(code: TokenCode, path: Path) -> None:
+    arrays = {name: getattr(code, name) for name in ("centroids_GxC", "scale_G", "rotate_CxC", "step_C")}
+    np.savez(path, allow_pickle=False, widths=np.array(code.widths, np.int32), **arrays)
+
+
+def _load_code(path: Path) -> TokenCode:
+    with np.load(path, allow_pickle=False) as found:
+        widths = tuple((int(bits), int(count)) for bits, count in found["widths"])
+        return TokenCode(found["centroids_GxC"], found["scale_G"], found["rotate_CxC"], found["step_C"], widths)
+
+
+def _verify(directory: Path, folder: Folder) -> None:
+    """Raises IndexUnusable unless a data folder holds exactly the files of the card, byte for byte."""
+    data = directory / folder.name
+    if Path(folder.name).name != folder.name or not folder.name.startswith("data-"):
         raise IndexUnusable(f"{data}: the card names a directory outside the index; build the index again")
     present = set(_files_under(data))
-    if missing := sorted(card.files.keys() - present):
+    if missing := sorted(folder.files.keys() - present):
         raise IndexUnusable(f"{data / missing[0]}: missing; build the index again")
     # ScaNN would unpickle a file it was never given: nothing unknown is let in.
-    if unknown := sorted(present - card.files.keys()):
+    if unknown := sorted(present - folder.files.keys()):
         raise IndexUnusable(f"{data / unknown[0]}: not part of this index; remove it or build the index again")
-    for name, want in card.files.items():
+    for name, want in folder.files.items():
         size = (data / name).stat().st_size
         if size != want.bytes:
             raise IndexUnusable(f"{data / name}: {size} bytes, {want.bytes} were written; build the index again")
         if _entry(data / name) != want:
             raise IndexUnusable(f"{data / name}: contents changed since it was written; build the index again")
+
+
+def _folder(path: Path) -> Folder:
+    return Folder(name=path.name, files={name: _entry(path / name) for name in _files_under(path)})
 
 
 def _files_under(directory: Path) -> list[str]:
@@ -232,6 +294,19 @@ def _entry(path: Path) -> FileEntry:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileEntry(bytes=path.stat().st_size, sha256=digest)
+
+
+def passage_digests(rows: Iterable[np.ndarray]) -> np.ndarray:
+    """uint8 [N, 16]: bytes that tell the token ids (int) of one passage from another's.
+
+    >>> one, same, other = passage_digests([np.array([1, 2]), np.array([1, 2], np.int64), np.array([2, 1])])
+    >>> (one == same).all(), (one == other).all()
+    (np.True_, np.False_)
+    """
+    found = bytearray()
+    for ids in rows:
+        found += hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=DIGEST_BYTES).digest()
+    return np.frombuffer(bytes(found), np.uint8).reshape(-1, DIGEST_BYTES)
 
 
 def params_fingerprint(tree: object) -> str:

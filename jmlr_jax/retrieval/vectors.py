@@ -33,16 +33,21 @@ class TokenVectors:
     def __len__(self) -> int:
         return len(self.keep_NxP)
 
+    def rows(self, which: slice | np.ndarray) -> TokenVectors:
+        """Some of the passages; a slice shares memory."""
+        return TokenVectors(self.vectors_NxPxC[which], self.keep_NxP[which])
+
 
 class Searcher(Protocol):
     """Anything that returns the best passages for encoded questions."""
 
-    def search(self, q_NxQxC: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, q_NxQxC: np.ndarray, k: int, allowed_N: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The k best passages of each question by MaxSim.
 
         Args:
           q_NxQxC: float; absent query tokens are zero vectors, which add nothing to MaxSim.
           k: at least 1; may exceed the corpus.
+          allowed_N: bool over the rows of the corpus, which of them may be returned; None: all.
 
         Returns:
           rows int32 [N, k], best first, -1 where there is no further passage, and MaxSim float32 [N, k], -inf there.
@@ -56,3 +61,9 @@ def check_queries(q_NxQxC: np.ndarray, dim: int, k: int) -> None:
         raise ValueError(f"queries must be [N, Q, {dim}] for this index; got {list(q_NxQxC.shape)}")
     if k < 1:
         raise ValueError(f"k={k}: ask for at least one passage")
+
+
+def check_allowed(allowed_N: np.ndarray | None, rows: int) -> None:
+    """Raises ValueError for a mask that is not bool [rows]."""
+    if allowed_N is not None and (allowed_N.dtype != np.bool_ or allowed_N.shape != (rows,)):
+        raise ValueError(f"the mask of allowed rows must be bool [{rows}]; got {allowed_N.dtype} {allowed_N.shape}")

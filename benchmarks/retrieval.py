@@ -1,0 +1,326 @@
+"""Retrieval side by side: ours, exact MaxSim, PLAID, FAISS IVF over pooled vectors, BM25.
+
+    PYTHONPATH=. python benchmarks/retrieval_vectors.py CACHE
+    PYTHONPATH=. python benchmarks/retrieval.py CACHE --peers PEERS/bin/python --json rows.json --quality quality.json
+
+MedQuAD's passages and test questions, MiniLM's token vectors of both (``retrieval_vectors.py``), the same arrays for
+every system; encoding questions is not timed. One row a system: recall of the 30 best by exact MaxSim, questions per
+second in one batch and one at a time, latencies, build time, bytes on disk. Systems take turns in ``--rounds`` rounds
+of one run and the medians are kept, so that what else the machine does meets them all. ``--quality`` writes nDCG@10 and
+recall@k on the human judgements of LiveQA and on MedQuAD's own question-answer pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import retrieval_vectors as source
+
+from jmlr_jax.config import IndexConfig
+from jmlr_jax.retrieval.bm25 import BM25
+from jmlr_jax.retrieval.build import build_index_of_pieces, sample_rows
+from jmlr_jax.retrieval.exact import ExactIndex, ExactSearch
+from jmlr_jax.retrieval.fusion import reciprocal_rank
+from jmlr_jax.retrieval.store import open_index
+from jmlr_jax.retrieval.tune import share_found
+from jmlr_jax.retrieval.vectors import TokenVectors
+
+TOP, PIECE, TUNING = 30, 1024, 200  # the first TUNING test questions tune our index and are not measured
+Search = Callable[[int, int], tuple[np.ndarray, float]]  # questions from, to -> rows [n, 30] and seconds
+
+
+class World:
+    """The corpus in the order it was encoded in, and the questions.
+
+    Args:
+      cache: folder of ``retrieval_vectors.py``.
+      parts: how many of its parts to use; None: all.
+    """
+
+    def __init__(self, cache: Path, parts: int | None):
+        found = [dict(np.load(path)) for path in sorted(cache.glob("part_*.npz"))[:parts]]
+        passages = source.corpus()
+        self.passages = [passages[row] for part in found for row in part["rows"]]
+        self.row = {passage["id"]: row for row, passage in enumerate(self.passages)}
+        self.tokens_TxC = np.concatenate([part["tokens_TxC"] for part in found])
+        lengths = np.concatenate([np.diff(part["offsets"]) for part in found])
+        self.offsets = np.cumsum([0, *lengths])
+        self.pooled_NxD = np.concatenate([part["pooled_NxD"] for part in found])
+        self.questions = source.questions()
+        self.queries = {name: dict(np.load(cache / f"queries_{name}.npz")) for name in self.questions}
+
+    def rows(self, rows: np.ndarray) -> TokenVectors:
+        """Token vectors of passages, padded."""
+        v = np.zeros((len(rows), source.PASSAGE_LENGTH, source.DIM), np.float16)
+        keep = np.zeros(v.shape[:2], bool)
+        for at, row in enumerate(rows):
+            tokens = self.tokens_TxC[self.offsets[row] : self.offsets[row + 1]]
+            v[at, : len(tokens)], keep[at, : len(tokens)] = tokens, True
+        return TokenVectors(v, keep)
+
+    def pieces(self) -> Any:
+        """The whole corpus, a piece at a time."""
+        for first in range(0, len(self.passages), PIECE):
+            yield self.rows(np.arange(first, min(first + PIECE, len(self.passages))))
+
+    def q(self, name: str) -> np.ndarray:
+        """Token vectors of a set of questions, float32 [n, Q, C], zero where there is no token."""
+        flat, offsets = self.queries[name]["tokens_TxC"], self.queries[name]["offsets"]
+        out = np.zeros((len(offsets) - 1, source.QUERY_LENGTH, source.DIM), np.float32)
+        for at in range(len(out)):
+            out[at, : offsets[at + 1] - offsets[at]] = flat[offsets[at] : offsets[at + 1]]
+        return out
+
+    def truth(self, name: str, questions: int, cache: Path) -> np.ndarray:
+        """The TOP best rows by exact MaxSim of the first questions of a set, kept in the cache."""
+        path = cache / f"truth_{name}_{len(self.passages)}_{questions}.npy"
+        if not path.exists():
+            search = ExactSearch(self.q(name)[:questions], TOP)
+            for number, piece in enumerate(self.pieces()):
+                search.add(piece, number * PIECE)
+            np.save(path, search.result()[0])
+        return np.load(path)
+
+
+def local(search: Callable[[int, int], np.ndarray]) -> Search:
+    """A search of this process, timed."""
+
+    def timed(first: int, last: int) -> tuple[np.ndarray, float]:
+        start = time.perf_counter()
+        rows = search(first, last)
+        return rows, time.perf_counter() - start
+
+    return timed
+
+
+class Peers:
+    """The other environment, fed the same arrays."""
+
+    def __init__(self, python: str, world: World, folder: Path, first: int):
+        queries = world.queries["medquad"]
+        start = queries["offsets"][first]
+        arrays = {
+            "tokens": world.tokens_TxC,
+            "offsets": world.offsets,
+            "pooled": world.pooled_NxD,
+            "queries": queries["tokens_TxC"][start:],
+            "query_offsets": queries["offsets"][first:] - start,
+            "pooled_queries": queries["pooled_NxD"][first:],
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, array in arrays.items():
+            np.save(folder / f"{name}.npy", array)
+        script = Path(__file__).with_name("retrieval_peers.py")
+        self.process = subprocess.Popen(
+            [python, str(script), str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """One request, one answer."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit("the peers' process ended; see its output above")
+        return json.loads(line)
+
+    def search(self, name: str) -> Search:
+        """A system of the other process; the time is its own."""
+
+        def timed(first: int, last: int) -> tuple[np.ndarray, float]:
+            answer = self.ask(search=name, first=first, last=last)
+            return np.array(answer["rows"]), answer["seconds"]
+
+        return timed
+
+
+def ours(world: World, cfg: IndexConfig, folder: Path) -> tuple[Any, float, int]:
+    """Our index, built, tuned on questions that are not measured, saved and opened; with build seconds and bytes."""
+    start = time.perf_counter()
+    index = build_index_of_pieces(
+        world.pieces(),
+        world.rows(sample_rows(len(world.passages), 0)),
+        len(world.passages),
+        cfg,
+        model_fingerprint="minilm",
+        corpus_fingerprint="medquad",
+        sample_q_NxQxC=world.q("medquad")[:TUNING],
+        recall_at=(TOP,),
+    )
+    print(f"built, tuned and measured in {time.perf_counter() - start:.0f} s: {index.curve and index.curve.chosen}")
+    index.save(folder)
+    opened = open_index(folder, "minilm", "medquad")
+    return opened, opened.card.build_seconds, opened.card.total_bytes
+
+
+def measure(systems: dict[str, Search], batch: int, single: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Medians over rounds in which the systems take turns; rankings are those of the last."""
+    taken: dict[str, dict[str, list[Any]]] = {name: {"batch": [], "single": [], "rows": []} for name in systems}
+    for search in systems.values():  # compilation, page faults
+        search(0, batch)
+        search(0, 1)
+    for number in range(rounds):
+        for name, search in systems.items():
+            rows, seconds = search(0, batch)
+            taken[name]["batch"].append(batch / seconds)
+            taken[name]["rows"] = [rows]
+            taken[name]["single"].append([search(at, at + 1)[1] for at in range(single)])
+            print(f"round {number + 1}: {name}: {batch / seconds:.1f} questions/s", flush=True)
+    found = {}
+    for name, one in taken.items():
+        each = np.median(np.array(one["single"]), axis=0)
+        found[name] = {
+            "rows": one["rows"][0],
+            "qps_batch": round(float(np.median(one["batch"])), 2),
+            "qps_single": round(float(1 / each.mean()), 2),
+            "p50_ms": round(1000 * float(np.percentile(each, 50)), 2),
+            "p95_ms": round(1000 * float(np.percentile(each, 95)), 2),
+        }
+    return found
+
+
+def quality(world: World, index: Any, bm25: BM25) -> list[dict[str, Any]]:
+    """nDCG@10 and recall@k of the rankings of both sets of questions.
+
+    LiveQA: graded judgements (gain = grade), recall of passages graded 2 or 3, over questions that have one.
+    MedQuAD: a question's own answer passages, over all test questions with one in the corpus.
+    """
+    grades: dict[str, dict[int, int]] = {}
+    for line in (source.DATA / "qrels.tsv").read_text().splitlines():
+        query, _, passage, grade = line.split()
+        if passage in world.row:
+            grades.setdefault(query, {})[world.row[passage]] = int(grade)
+    exact = None
+    rows_out = []
+    for name, asked in world.questions.items():
+        texts = [source.query_text(question) for question in asked]
+        if name == "liveqa":
+            gold = [grades.get(question["id"], {}) for question in asked]
+            right = [{row for row, g in one.items() if g >= 2} for one in gold]
+        else:
+            right = [{world.row[d] for d in question["answer_doc_ids"] if d in world.row} for question in asked]
+            gold = [dict.fromkeys(one, 1) for one in right]
+        use = [at for at, one in enumerate(right) if one]
+        q, pooled = world.q(name)[use], world.queries[name]["pooled_NxD"][use]
+        words, _ = bm25.search([texts[at] for at in use], 100)
+        mine, _ = index.search(q, 100)
+        exact = ExactSearch(q, TOP)
+        for number, piece in enumerate(world.pieces()):
+            exact.add(piece, number * PIECE)
+        rankings = {
+            "BM25": words,
+            "pooled MiniLM": np.argsort(-(pooled @ world.pooled_NxD.T), axis=1)[:, :TOP],
+            "exact MaxSim": exact.result()[0],
+            "ours": mine,
+            "hybrid (ours + BM25)": reciprocal_rank({"ours": mine, "bm25": words}, TOP)[0],
+        }
+        for system, rows in rankings.items():
+            row: dict[str, Any] = {"questions": name, "n": len(use), "system": system}
+            row["ndcg@10"] = round(float(np.mean([ndcg(r, gold[at]) for r, at in zip(rows, use, strict=True)])), 4)
+            for k in (1, 5, 10, TOP):
+                hit = [len(right[at] & set(r[:k].tolist())) / len(right[at]) for r, at in zip(rows, use, strict=True)]
+                row[f"recall@{k}"] = round(float(np.mean(hit)), 4)
+            rows_out.append(row)
+    return rows_out
+
+
+def ndcg(rows: np.ndarray, grades: dict[int, int], k: int = 10) -> float:
+    """nDCG@k with gain = grade; unjudged passages gain nothing."""
+    discount = 1 / np.log2(np.arange(2, k + 2))
+    got = np.array([grades.get(int(row), 0) for row in rows[:k]], float)
+    best = np.array(sorted(grades.values(), reverse=True)[:k], float)
+    return float(got @ discount[: len(got)] / (best @ discount[: len(best)]))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("--json", type=Path, help="one row a system")
+    parser.add_argument("--quality", type=Path, help="nDCG and recall on judgements; without it they are not computed")
+    parser.add_argument("--peers", help="python of the environment of retrieval_peers.py; without it ours alone")
+    parser.add_argument("--parts", type=int, help="parts of 1,024 passages; default: all")
+    parser.add_argument("--bits", type=float, nargs="+", default=[IndexConfig().bits], help="codes of ours to compare")
+    parser.add_argument("--batch", type=int, default=256, help="questions in a batch")
+    parser.add_argument("--single", type=int, default=50, help="questions asked one at a time")
+    parser.add_argument("--exact", type=int, default=16, help="questions of the exact search, in its one batch")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("index", nargs="*", help="overrides of the index: fde_final=1024 recall=0.97")
+    args = parser.parse_args()
+    world = World(args.cache, args.parts)
+    questions = world.q("medquad")[TUNING : TUNING + args.batch]
+    texts = [source.query_text(q) for q in world.questions["medquad"][TUNING : TUNING + args.batch]]
+    truth = world.truth("medquad", TUNING + args.batch, args.cache)[TUNING:]
+    print(f"{len(world.passages):,} passages, {len(world.tokens_TxC):,} tokens, {len(questions)} questions measured")
+    systems: dict[str, Search] = {}
+    costs: dict[str, tuple[float, int]] = {}
+    overrides = dict(pair.split("=", 1) for pair in args.index)
+    index: Any = None
+    with tempfile.TemporaryDirectory() as scratch:
+        for bits in args.bits:
+            name = "ours" if len(args.bits) == 1 else f"ours, {bits:g} bits"
+            cfg = IndexConfig.model_validate({"kind": "scann", "bits": bits, **overrides})
+            index, *cost = ours(world, cfg, Path(scratch) / f"ours_{bits:g}")
+            systems[name] = local(lambda a, b, index=index: index.search(questions[a:b], TOP)[0])
+            costs[name] = (cost[0], cost[1])
+        start = time.perf_counter()
+        bm25 = BM25([source.text_of(passage) for passage in world.passages])
+        built = time.perf_counter() - start
+        systems["BM25"] = local(lambda a, b: bm25.search(texts[a:b], TOP)[0])
+        costs["BM25"] = built, size_of(bm25, Path(scratch) / "bm25")
+        if args.peers:
+            peers = Peers(args.peers, world, args.cache / f"peers_{len(world.passages)}", TUNING)
+            wanted: dict[str, dict[str, Any]] = {"FAISS IVF, pooled": {}}
+            for nbits in (2, 4):
+                for full, probe in ((4096, 8), (1024, 4)):
+                    knobs = {"nbits": nbits, "n_full_scores": full, "n_ivf_probe": probe}
+                    wanted[f"fast-plaid, {nbits} bits, {full} scored, {probe} probed"] = {"plaid": knobs}
+            for name, how in wanted.items():
+                answer = peers.ask(open=name, **how)
+                systems[name] = peers.search(name)
+                costs[name] = answer["build_seconds"], answer["bytes"]
+        found = measure(systems, len(questions), min(args.single, len(questions)), args.rounds)
+        if args.exact:
+            everything = TokenVectors(*(np.concatenate(x) for x in zip(*map(arrays, world.pieces()), strict=True)))
+            exact = ExactIndex(everything)
+            slow = {"exact MaxSim": local(lambda a, b: exact.search(questions[a:b], TOP)[0])}
+            found |= measure(slow, min(args.exact, len(questions)), min(4, args.exact), 1)
+            costs["exact MaxSim"] = 0.0, world.tokens_TxC.nbytes + world.offsets.nbytes
+        rows = []
+        for name, one in found.items():
+            ranking = one.pop("rows")
+            recall = round(share_found(truth[: len(ranking)], ranking), 4)
+            row = {"system": name, "recall@30_vs_exact": recall, **one}
+            rows.append(row | {"build_seconds": round(costs[name][0], 2), "bytes": costs[name][1]})
+            print(json.dumps(rows[-1]), flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        if args.quality:
+            judged = quality(world, index, bm25)
+            args.quality.write_text(json.dumps(judged, indent=1) + "\n")
+            print("\n".join(json.dumps(row) for row in judged))
+
+
+def size_of(bm25: BM25, folder: Path) -> int:
+    """Bytes of a BM25 index on disk."""
+    assert bm25._index is not None
+    bm25._index.save(str(folder))
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def arrays(piece: TokenVectors) -> tuple[np.ndarray, np.ndarray]:
+    """The two arrays of a piece."""
+    return piece.vectors_NxPxC, piece.keep_NxP
+
+
+if __name__ == "__main__":
+    main()

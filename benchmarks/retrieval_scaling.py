@@ -1,0 +1,217 @@
+"""How recall, latency, memory and build time grow with the corpus, and what that makes of 0.1M, 1M and 24M passages.
+
+    PYTHONPATH=. python benchmarks/retrieval_vectors.py CACHE
+    PYTHONPATH=. python benchmarks/retrieval_scaling.py CACHE --times 1 10 100 --json scaling.json --png scaling.png
+
+The base corpus is a random part of MedQuAD. Generated passages are added to it: each has the tokens of a real passage
+outside the base, every third token exchanged for that of another one, all turned by a little noise, so that they
+compete with the real ones and no two are equal. They are made again from their number whenever they are needed.
+Questions are MedQuAD's; the truth is exact MaxSim over everything. Each size runs in a process of its own, for its
+peak of memory.
+
+``--size`` prints the sizing table alone, from the JSON of an earlier run: what grows with passages, tokens and
+encodings is counted, seconds are least squares through the measured points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import retrieval_vectors as source
+from retrieval import PIECE, TOP, TUNING, World
+
+from jmlr_jax.config import IndexConfig
+from jmlr_jax.retrieval.build import build_index_of_pieces, sample_rows
+from jmlr_jax.retrieval.scann import ScannIndex, settings
+from jmlr_jax.retrieval.store import open_index
+from jmlr_jax.retrieval.vectors import TokenVectors
+
+NOISE = 0.35  # length of what is added to a unit vector before it is scaled back to one
+GIB = 2**30
+
+
+class Grown:
+    """A base corpus with generated passages behind it."""
+
+    def __init__(self, world: World, base: int, times: int):
+        self.world, self.base, self.total = world, base, base * times
+        self.donors = np.arange(base, len(world.passages))
+
+    def passage(self, row: int) -> np.ndarray:
+        """Token vectors float16 [length, C]; those behind the base depend on their number alone."""
+        world = self.world
+        if row < self.base:
+            return world.tokens_TxC[world.offsets[row] : world.offsets[row + 1]]
+        rng = np.random.default_rng(row)
+        one, other = rng.choice(self.donors, 2, replace=False)
+        a, b = (world.tokens_TxC[world.offsets[d] : world.offsets[d + 1]].astype(np.float32) for d in (one, other))
+        a[::3] = b[rng.integers(0, len(b), len(a[::3]))]
+        a += NOISE / np.sqrt(a.shape[1]) * rng.normal(size=a.shape)
+        return (a / np.linalg.norm(a, axis=1, keepdims=True)).astype(np.float16)
+
+    def rows(self, rows: np.ndarray) -> TokenVectors:
+        """Passages, padded."""
+        v = np.zeros((len(rows), source.PASSAGE_LENGTH, source.DIM), np.float16)
+        keep = np.zeros(v.shape[:2], bool)
+        for at, row in enumerate(rows.tolist()):
+            tokens = self.passage(row)
+            v[at, : len(tokens)], keep[at, : len(tokens)] = tokens, True
+        return TokenVectors(v, keep)
+
+    def pieces(self) -> Iterator[TokenVectors]:
+        """Everything, a piece at a time."""
+        for first in range(0, self.total, PIECE):
+            yield self.rows(np.arange(first, min(first + PIECE, self.total)))
+
+
+def measure(cache: Path, base: int, times: int, questions: int, overrides: dict[str, str]) -> dict[str, Any]:
+    """One size: builds, tunes, saves, opens, asks."""
+    world = World(cache, None)
+    grown = Grown(world, base, times)
+    q = world.q("medquad")
+    start = time.perf_counter()
+    for _ in grown.pieces():
+        pass
+    generation = time.perf_counter() - start  # taken off below: real passages are not generated
+    cfg = IndexConfig.model_validate({"kind": "scann", "rerank": 2000, "oracle_queries": TUNING // 2, **overrides})
+    index = build_index_of_pieces(
+        grown.pieces(),
+        grown.rows(sample_rows(grown.total, 0)),
+        grown.total,
+        cfg,
+        model_fingerprint="minilm",
+        corpus_fingerprint="grown",
+        sample_q_NxQxC=q[: TUNING // 2],
+        recall_at=(TOP,),
+    )
+    assert index.curve is not None and isinstance(index.searcher, ScannIndex)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    tokens = int(index.searcher.parts[0].tokens.offsets[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        index.save(folder)
+        opened = open_index(folder, "minilm", "grown")
+        asked = q[TUNING : TUNING + questions]
+        opened.search(asked, TOP)
+        opened.search(asked[:1], TOP)
+        start = time.perf_counter()
+        opened.search(asked, TOP)
+        batch = len(asked) / (time.perf_counter() - start)
+        each = []
+        for at in range(len(asked)):
+            start = time.perf_counter()
+            opened.search(asked[at : at + 1], TOP)
+            each.append(1000 * (time.perf_counter() - start))
+    card = index.card
+    return {
+        "passages": grown.total,
+        "tokens": tokens,
+        "hits": card.hits,
+        "leaves": card.leaves,
+        "recall@30_vs_exact": card.recall[str(TOP)],
+        "qps_batch": round(batch, 2),
+        "p50_ms": round(float(np.percentile(each, 50)), 2),
+        "p95_ms": round(float(np.percentile(each, 95)), 2),
+        "build_seconds": round(card.build_seconds - generation, 1),
+        "bytes": opened.card.total_bytes,
+        "peak_bytes": peak,
+        "curve": [point.model_dump() for point in index.curve.points],
+    }
+
+
+def picture(points: list[dict[str, Any]], path: Path) -> None:
+    """Recall, latency and memory over the number of passages."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    passages = [point["passages"] for point in points]
+    lines = (
+        ("recall@30 of exact MaxSim", (("recall@30_vs_exact", 1.0, "tuned"),)),
+        ("ms a question", (("p50_ms", 1.0, "median"), ("p95_ms", 1.0, "95%"))),
+        ("GiB", (("bytes", 1 / GIB, "on disk"), ("peak_bytes", 1 / GIB, "peak while building"))),
+    )
+    for axes, (title, series) in zip(figure.subplots(1, 3), lines, strict=True):
+        for key, scale, label in series:
+            axes.plot(passages, [point[key] * scale for point in points], marker="o", label=label)
+        axes.set(xscale="log", xlabel="passages", title=title)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def sizing(points: list[dict[str, Any]], hosts: tuple[int, ...] = (1, 8, 32)) -> str:
+    """A table for 0.1M, 1M and 24M passages, with the model it follows."""
+    cfg = IndexConfig()
+    per_passage = points[-1]["tokens"] / points[-1]["passages"]
+    code = cfg.bits * source.DIM / 8 + 3  # centroid number and gain
+    n = np.array([point["passages"] for point in points], float)
+    seconds = np.array([point["build_seconds"] for point in points])
+    slope, offset = np.polyfit(n, seconds, 1) if len(n) > 1 else (seconds[0] / n[0], 0.0)
+    lines = [
+        f"model: {per_passage:.0f} tokens a passage at {code:.0f} bytes; ScaNN {cfg.fde_final // 4} bytes a passage,",
+        f"twice with a tree; {4 * cfg.fde_final} bytes a passage of encodings while building;",
+        f"seconds = {max(0.0, offset):.0f} + {1000 * slope:.2f} ms a passage here, the model's own encoding not in it",
+        "",
+        "| passages | on disk | memory to search | memory to build | build | "
+        + " | ".join(f"of {h}" for h in hosts[1:])
+        + " |",
+        "|---|---|---|---|---|" + "---|" * (len(hosts) - 1),
+    ]
+    for passages in (100_000, 1_000_000, 24_000_000):
+        tokens = passages * per_passage * code + 8 * passages
+        scann = passages * cfg.fde_final / 4 * (2 if settings(passages).leaves else 1)
+        disk = tokens + scann + 24 * passages
+        building = disk + 4 * cfg.fde_final * passages
+        share = [f"{disk / h / GIB:.1f} GiB, {(offset / h + slope * passages / h) / 3600:.1f} h" for h in hosts[1:]]
+        lines.append(
+            f"| {passages:,} | {disk / GIB:.1f} GiB | {(scann + 32 * passages) / GIB:.1f} GiB and page cache | "
+            f"{building / GIB:.1f} GiB | {(offset + slope * passages) / 3600:.1f} h | " + " | ".join(share) + " |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("--base", type=int, default=2460, help="real passages")
+    parser.add_argument("--times", type=int, nargs="+", default=[1, 10, 100])
+    parser.add_argument("--questions", type=int, default=64)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--png", type=Path)
+    parser.add_argument("--size", type=Path, metavar="JSON", help="print the sizing table of an earlier run")
+    parser.add_argument("--one", action="store_true", help="measure one size here and print it")
+    parser.add_argument("index", nargs="*", help="overrides of the index: fde_final=1024")
+    args = parser.parse_args()
+    overrides = dict(pair.split("=", 1) for pair in args.index)
+    if args.size:
+        print(sizing(json.loads(args.size.read_text())))
+        return
+    if args.one:
+        print(json.dumps(measure(args.cache, args.base, args.times[0], args.questions, overrides)))
+        return
+    points = []
+    for times in args.times:
+        command = [sys.executable, __file__, str(args.cache), *args.index, "--one", "--base", str(args.base)]
+        command += ["--times", str(times), "--questions", str(args.questions)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
+        points.append(json.loads(done.stdout.splitlines()[-1]))
+        print({key: value for key, value in points[-1].items() if key != "curve"}, flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(points, indent=1) + "\n")
+    if args.png:
+        picture(points, args.png)
+    print(sizing(points))
+
+
+if __name__ == "__main__":
+    main()

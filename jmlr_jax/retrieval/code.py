@@ -1,0 +1,237 @@
+"""Token vectors in a few bits a dimension: the nearest centroid, and a residual in its main directions.
+
+Letters: G centroids, C width of a vector, E bytes of a coded residual, T tokens, H hits of a question.
+
+A token is ``gain * (centroid[cell] + scale[cell] * rotate @ (level * step))``. Levels are small integers: 8, 4, 2, 1 or
+0 bits each, more for directions in which residuals spread more, so that the squared error is least for the bytes spent
+(reverse water-filling). Scoring rotates the question once and never builds the vectors (:func:`similarity`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+# Of a unit Gaussian cut into 2^b equal steps: the step of least squared error, and that error (Max, 1960).
+STEP = {1: 1.596, 2: 0.9957, 4: 0.3352, 8: 0.0308}
+ERROR = {0: 1.0, 1: 0.3634, 2: 0.1188, 4: 0.01154, 8: 0.0001}
+GROUP = 8  # directions that share a number of bits: whole bytes at every width
+KMEANS_ROUNDS, TOKENS_PER_CENTROID = 8, 40
+ASSIGN_BATCH = 8192  # tokens compared with all centroids at once
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["centroids_GxC", "scale_G", "rotate_CxC", "step_C"],
+    meta_fields=["widths"],
+)
+@dataclass(frozen=True)
+class TokenCode:
+    """What was learned from a sample of tokens; arrays float32.
+
+    Attributes:
+      centroids_GxC: at most 65,536.
+      scale_G: root mean square of a residual's entries, for each centroid.
+      rotate_CxC: orthogonal; columns are directions of residuals, those with most bits first.
+      step_C: width of a level, in units of ``scale``.
+      widths: ``((bits, directions), ...)`` with falling bits; directions add up to C, those of 0 bits are not stored.
+    """
+
+    centroids_GxC: np.ndarray
+    scale_G: np.ndarray
+    rotate_CxC: np.ndarray
+    step_C: np.ndarray
+    widths: tuple[tuple[int, int], ...] = field(default=())
+
+    @property
+    def residual_bytes(self) -> int:
+        """E, bytes of a coded residual."""
+        return sum(bits * count for bits, count in self.widths) // 8
+
+
+def bit_widths(variance_C: np.ndarray, budget: int) -> tuple[tuple[int, int], ...]:
+    """Bits for directions of falling variance, whole groups of :data:`GROUP`, ``budget`` bits in all at most.
+
+    >>> bit_widths(np.array([16.0] * 8 + [1.0] * 8 + [0.001] * 8), 48)
+    ((4, 8), (2, 8), (0, 8))
+    """
+    variance = variance_C.reshape(-1, GROUP).sum(1)
+    bits, order = [0] * len(variance), (0, 1, 2, 4, 8)
+    while True:
+        best: tuple[float, int, int] | None = None
+        for group, have in enumerate(bits):
+            if have == order[-1]:
+                continue
+            more = order[order.index(have) + 1]
+            if (more - have) * GROUP <= budget:
+                gain = variance[group] * (ERROR[have] - ERROR[more]) / (more - have)
+                if best is None or gain > best[0]:
+                    best = gain, group, more
+        if best is None:
+            break
+        _, group, more = best
+        budget -= (more - bits[group]) * GROUP
+        bits[group] = more
+    bits.sort(reverse=True)  # variance falls, so this changes nothing but ties
+    return tuple((b, GROUP * bits.count(b)) for b in sorted(set(bits), reverse=True))
+
+
+def centroid_count(tokens: int, sample: int) -> int:
+    """G for a corpus of so many tokens: a power of two near 2 sqrt(T), at most 65,536 and what the sample can feed.
+
+    >>> centroid_count(4_000_000, 1_000_000)
+    4096
+    >>> centroid_count(4_000_000, 3_000)
+    64
+    """
+    wanted = 2 ** round(math.log2(max(2.0, 2 * math.sqrt(tokens))))
+    return int(max(1, min(wanted, 65_536, 2 ** int(math.log2(max(1, sample // TOKENS_PER_CENTROID))))))
+
+
+def fit_code(sample_TxC: np.ndarray, bits: float, tokens: int, seed: int) -> TokenCode:
+    """Learns a code of ``bits`` a dimension from a sample of a corpus of ``tokens`` tokens.
+
+    Raises:
+      ValueError: C is no multiple of 8, or there is no token.
+    """
+    if sample_TxC.ndim != 2 or sample_TxC.shape[1] % GROUP or not len(sample_TxC):
+        raise ValueError(
+            f"a token code needs vectors of a width that is a multiple of {GROUP}; got {list(sample_TxC.shape)}; "
+            "set index.bits=16 to store them as they are"
+        )
+    sample_TxC = sample_TxC.astype(np.float32)
+    rng = np.random.default_rng(seed)
+    count = centroid_count(tokens, len(sample_TxC))
+    fed = sample_TxC
+    if len(fed) > count * TOKENS_PER_CENTROID:
+        fed = fed[rng.choice(len(fed), count * TOKENS_PER_CENTROID, replace=False)]
+    centroids_GxC = _kmeans(fed, count, rng)
+    cell_T = _nearest(fed, centroids_GxC)
+    residual_TxC = fed - centroids_GxC[cell_T]
+    energy_G = np.bincount(cell_T, (residual_TxC**2).sum(1), count)
+    tokens_G = np.bincount(cell_T, minlength=count)
+    dim = fed.shape[1]
+    # A centroid with few tokens of its own leans on the mean of all.
+    typical = energy_G.sum() / max(1, tokens_G.sum())
+    scale_G = np.sqrt(np.maximum((energy_G + typical) / (tokens_G + 1) / dim, 1e-8)).astype(np.float32)
+    scaled_TxC = residual_TxC / scale_G[cell_T, None]
+    _, directions = np.linalg.eigh((scaled_TxC.T @ scaled_TxC / len(scaled_TxC)).astype(np.float64))
+    rotate_CxC = np.ascontiguousarray(directions[:, ::-1]).astype(np.float32)
+    deviation_C = (scaled_TxC @ rotate_CxC).std(0) + 1e-9
+    widths = bit_widths(deviation_C**2, int(bits * dim))
+    factor_C = np.concatenate([np.full(n, STEP.get(b, 0.0)) for b, n in widths])
+    return TokenCode(centroids_GxC, scale_G, rotate_CxC, (deviation_C * factor_C).astype(np.float32), widths)
+
+
+@jax.jit
+def encode_tokens(code: TokenCode, x_TxC: Array) -> tuple[Array, Array, Array]:
+    """Codes of vectors: cell uint16 [T], packed residuals uint8 [T, E], gain uint8 [T].
+
+    The gain brings the coded vector back to length 1: rounding to levels shortens vectors, by a different amount each,
+    which would change the order of passages. It is stored as :func:`gain_of` reads it.
+    """
+    x_TxC = x_TxC.astype(jnp.float32)
+    cell_T = _nearest_block(x_TxC, code.centroids_GxC)
+    scale_Tx1 = jnp.asarray(code.scale_G)[cell_T][:, None]
+    residual_TxC = (x_TxC - jnp.asarray(code.centroids_GxC)[cell_T]) / scale_Tx1
+    turned_TxC = jnp.matmul(residual_TxC, code.rotate_CxC, precision=jax.lax.Precision.HIGHEST)
+    at, packed, levels = 0, [], []
+    for bits, count in code.widths:
+        part = turned_TxC[:, at : at + count]
+        if bits:
+            level = jnp.floor(part / code.step_C[at : at + count]) + 2 ** (bits - 1)
+            level = jnp.clip(level, 0, 2**bits - 1).astype(jnp.uint8)
+            packed.append(_pack(level, bits))
+            levels.append(_centred(level, bits))
+        else:
+            levels.append(jnp.zeros_like(part))
+        at += count
+    found = jnp.concatenate(levels, 1) * code.step_C
+    turned_centroids = jnp.matmul(code.centroids_GxC, code.rotate_CxC, precision=jax.lax.Precision.HIGHEST)
+    length_T = jnp.linalg.norm(turned_centroids[cell_T] + scale_Tx1 * found, axis=1)
+    gain_T = jnp.clip(jnp.round((1 / jnp.maximum(length_T, 0.5) - 0.8) * 400), 0, 255).astype(jnp.uint8)
+    bytes_TxE = jnp.concatenate(packed, 1) if packed else jnp.zeros((len(x_TxC), 0), jnp.uint8)
+    return cell_T.astype(jnp.uint16), bytes_TxE, gain_T
+
+
+def similarity(code: TokenCode, q_QxC: Array, cell: Array, packed: Array, gain: Array) -> Array:
+    """Products of question tokens with coded tokens: float32 [..., Q] for cell [...], packed [..., E], gain [...]."""
+    q_QxC = q_QxC.astype(jnp.float32)
+    highest = jax.lax.Precision.HIGHEST
+    turned_QxC = jnp.matmul(q_QxC, code.rotate_CxC, precision=highest) * code.step_C
+    parts, at, kept = [], 0, 0
+    for bits, count in code.widths:
+        if bits:
+            size = bits * count // 8
+            parts.append(_centred(_unpack(packed[..., at : at + size], bits), bits))
+            at, kept = at + size, kept + count
+    centroid_GxQ = jnp.matmul(code.centroids_GxC, q_QxC.T, precision=highest)
+    found = centroid_GxQ[cell]
+    if parts:
+        level = jnp.concatenate(parts, -1)
+        residual = jnp.einsum("...c,qc->...q", level, turned_QxC[:, :kept], precision=highest)
+        found = found + jnp.asarray(code.scale_G)[cell][..., None] * residual
+    return found * gain_of(gain)[..., None]
+
+
+def gain_of(gain: Array) -> Array:
+    """Factors from 0.8 to 1.44 that the bytes stand for, float32."""
+    return 0.8 + gain.astype(jnp.float32) / 400
+
+
+def _centred(level: Array, bits: int) -> Array:
+    """Middles of the levels around zero, in steps: 0 .. 2^b - 1 becomes -(2^b - 1)/2 .. (2^b - 1)/2."""
+    return level.astype(jnp.float32) - (2**bits - 1) / 2
+
+
+def _pack(level: Array, bits: int) -> Array:
+    """Levels [T, n] into bytes [T, n * bits / 8]; byte i holds entries i, i + n/per, ... from its low end."""
+    per = 8 // bits
+    blocks = jnp.split(level, per, axis=1)
+    packed = blocks[0]
+    for place, block in enumerate(blocks[1:], 1):
+        packed = packed | (block << (bits * place))
+    return packed
+
+
+def _unpack(packed: Array, bits: int) -> Array:
+    """Inverse of :func:`_pack` on the last axis."""
+    mask = 2**bits - 1
+    return jnp.concatenate([(packed >> (bits * place)) & mask for place in range(8 // bits)], -1)
+
+
+@jax.jit
+def _nearest_block(x_TxC: Array, centroids_GxC: Array) -> Array:
+    # |x - c|^2 without |x|^2, halved.
+    score_TxG = x_TxC @ centroids_GxC.T - jnp.sum(jnp.square(centroids_GxC), 1) / 2
+    return jnp.argmax(score_TxG, 1).astype(jnp.int32)
+
+
+def _nearest(x_TxC: np.ndarray, centroids_GxC: np.ndarray) -> np.ndarray:
+    """Nearest centroid of every token, int32 [T], a batch of one compiled shape at a time."""
+    size = min(ASSIGN_BATCH, len(x_TxC))
+    out = np.empty(len(x_TxC), np.int32)
+    for first in range(0, len(x_TxC), size):
+        first = min(first, len(x_TxC) - size)  # the last batch overlaps the one before it
+        out[first : first + size] = _nearest_block(x_TxC[first : first + size], centroids_GxC)
+    return out
+
+
+def _kmeans(x_TxC: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Lloyd's rounds from random tokens; a centroid that lost all its tokens starts again at a random one."""
+    centroids_GxC = x_TxC[rng.choice(len(x_TxC), count, replace=False)].copy()
+    for _ in range(KMEANS_ROUNDS):
+        cell_T = _nearest(x_TxC, centroids_GxC)
+        order = np.argsort(cell_T, kind="stable")
+        used, starts = np.unique(cell_T[order], return_index=True)
+        sums = np.add.reduceat(x_TxC[order], starts, axis=0)
+        centroids_GxC[used] = sums / np.diff([*starts, len(order)])[:, None]
+        lost = np.setdiff1d(np.arange(count), used)
+        centroids_GxC[lost] = x_TxC[rng.choice(len(x_TxC), len(lost), replace=False)]
+    return centroids_GxC

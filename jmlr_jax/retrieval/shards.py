@@ -1,0 +1,160 @@
+"""One corpus over several processes: each indexes its share, a question goes to all, their best merge by a collective.
+
+Every process calls the same functions in the same order with the same questions, as any program of ``jax.distributed``
+does. The collective is an all-gather over one device of each process; what it moves is N x hits numbers, never vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jmlr_jax.config import IndexConfig
+from jmlr_jax.retrieval.build import sample_rows
+from jmlr_jax.retrieval.exact import ExactIndex
+from jmlr_jax.retrieval.scann import ScannIndex, build_part, learn
+from jmlr_jax.retrieval.tokens import BATCHES, best_of
+from jmlr_jax.retrieval.vectors import TokenVectors, check_allowed, check_queries
+
+Encode = Callable[
+    [np.ndarray], Iterable[TokenVectors]
+]  # rows of the whole corpus -> their vectors, in order, in pieces
+
+
+def share_of(passages: int, process: int, processes: int) -> range:
+    """The rows that a process holds: contiguous, in order, sizes that differ by one at most.
+
+    >>> [share_of(10, process, 4) for process in range(4)]
+    [range(0, 2), range(2, 5), range(5, 7), range(7, 10)]
+
+    Raises:
+      ValueError: fewer passages than processes.
+    """
+    if passages < processes:
+        raise ValueError(f"{passages} passages for {processes} processes: some would have none; use fewer processes")
+    return range(process * passages // processes, (process + 1) * passages // processes)
+
+
+class ShardedIndex:
+    """This process's share of an index over a whole corpus.
+
+    Attributes:
+      own: index of the share.
+      rows: rows of the corpus that it holds.
+      passages: of the whole corpus.
+    """
+
+    def __init__(self, own: ExactIndex | ScannIndex, rows: range, passages: int):
+        if len(own) != len(rows):
+            raise ValueError(f"an index of {len(own)} passages for a share of {len(rows)} rows")
+        self.own, self.rows, self.passages = own, rows, passages
+
+    @classmethod
+    def build(cls, encode: Encode, passages: int, cfg: IndexConfig, seed: int = 0) -> ShardedIndex:
+        """Encodes and indexes this process's share; every process must call it.
+
+        All draw the same partitions from the seed. The token code is that of the first process, learned from a sample
+        of the whole corpus, so that a passage is coded alike wherever it lies.
+
+        Args:
+          encode: gives the vectors of any rows on this process's own devices.
+          passages: of the whole corpus; ``cfg.kind`` "auto" goes by this number.
+          cfg: as for :func:`jmlr_jax.retrieval.build.build_index`; nothing is tuned, ``cfg.rerank`` hits are scored.
+          seed: of all random draws.
+        """
+        rows = share_of(passages, jax.process_index(), jax.process_count())
+        own_rows = np.arange(rows.start, rows.stop)
+        if cfg.kind == "exact" or (cfg.kind == "auto" and passages < cfg.exact_below):
+            pieces = list(encode(own_rows))
+            vectors = TokenVectors(
+                np.concatenate([piece.vectors_NxPxC for piece in pieces]),
+                np.concatenate([piece.keep_NxP for piece in pieces]),
+            )
+            return cls(ExactIndex(vectors), rows, passages)
+        sampled = sample_rows(passages, seed)
+        # Each process encodes its share of the sample: nobody waits for the first.
+        part = share_of(len(sampled), jax.process_index(), jax.process_count())
+        found = list(encode(sampled[part.start : part.stop]))
+        tokens_TxC = np.concatenate([piece.vectors_NxPxC[piece.keep_NxP] for piece in found])
+        corpus_tokens = int(_sum_over_processes(len(tokens_TxC)) / len(sampled) * passages)
+        params, code = learn(_rows_of_all(tokens_TxC), corpus_tokens, cfg, seed)
+        if code is not None:
+            code = multihost_utils.broadcast_one_to_all(code)
+            code = jax.tree.map(np.asarray, code)
+        made = build_part(params, code, encode(own_rows), len(own_rows))
+        entries = np.arange(len(own_rows))
+        return cls(ScannIndex(params, code, (made,), entries, cfg.rerank, made.how.leaves_searched), rows, passages)
+
+    def __len__(self) -> int:
+        return self.passages
+
+    def search(self, q_NxQxC: np.ndarray, k: int, allowed_N: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """See :class:`jmlr_jax.retrieval.vectors.Searcher`; rows are of the whole corpus, the same in every process.
+
+        With ScaNN the hits of all shares are cut to the best ``hits`` of the whole corpus before any is scored: the
+        result is that of one index, and the scoring is shared out.
+
+        Raises:
+          ValueError: as the index of one process does.
+        """
+        check_queries(q_NxQxC, self.own.dim, k)
+        check_allowed(allowed_N, self.passages)
+        if not len(q_NxQxC):
+            return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
+        here = None if allowed_N is None else allowed_N[self.rows.start : self.rows.stop]
+        if isinstance(self.own, ExactIndex):
+            return best_of(*_gathered(*self._placed(*self.own.search(q_NxQxC, k, here))), k)
+        rows, scores = [], []
+        for first in range(0, len(q_NxQxC), BATCHES[-1]):
+            q = q_NxQxC[first : first + BATCHES[-1]]
+            hits = min(max(self.own.hits, k), self.passages)
+            row_NxH, product_NxH = self.own.nearest(q, hits, here)
+            short = hits - row_NxH.shape[1]  # every process gathers arrays of one shape
+            row_NxH = np.pad(row_NxH, ((0, 0), (0, short)), constant_values=-1)
+            product_NxH = np.pad(product_NxH, ((0, 0), (0, short)), constant_values=-np.inf)
+            kept, _ = best_of(*_gathered(*self._placed(row_NxH, product_NxH)), hits)
+            mine = (kept >= self.rows.start) & (kept < self.rows.stop)
+            own_NxH, _ = best_of(np.where(mine, kept - self.rows.start, -1), np.where(mine, 0.0, -np.inf), hits)
+            used = max(1, int((own_NxH >= 0).sum(1).max(initial=0)))  # own hits stand on the left
+            own_NxH = own_NxH[:, :used]
+            row, score = self._placed(*best_of(own_NxH, self.own.score(q, own_NxH), k))
+            row, score = best_of(*_gathered(row, score), k)
+            rows.append(row)
+            scores.append(score)
+        return np.concatenate(rows), np.concatenate(scores)
+
+    def _placed(self, row: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the share as rows of the corpus."""
+        return np.where(row >= 0, row + self.rows.start, -1).astype(np.int32), score.astype(np.float32)
+
+
+def _gathered(row_NxK: np.ndarray, score_NxK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The arrays of all processes side by side, [N, processes * K], in every process."""
+    row, score = _all(row_NxK), _all(score_NxK)
+    return tuple(np.concatenate(list(x), axis=1) for x in (row, score))  # type: ignore[return-value]
+
+
+def _all(array: np.ndarray) -> np.ndarray:
+    """One array of the same shape from each process, stacked in process order: an all-gather on the devices."""
+    devices = [next(d for d in jax.devices() if d.process_index == p) for p in range(jax.process_count())]
+    mesh = Mesh(np.array(devices), ("process",), axis_types=(jax.sharding.AxisType.Auto,))
+    apart, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("process",), ()))
+    local = jax.device_put(array[None], devices[jax.process_index()])
+    whole = jax.make_array_from_single_device_arrays((len(devices), *array.shape), apart, [local])
+    return np.asarray(jax.jit(lambda x: x, out_shardings=everywhere)(whole))
+
+
+def _sum_over_processes(value: int) -> int:
+    return int(_all(np.array([value], np.int32)).sum())
+
+
+def _rows_of_all(tokens_TxC: np.ndarray) -> np.ndarray:
+    """The tokens that the processes hold, of all of them."""
+    counts = _all(np.array([len(tokens_TxC)], np.int32))[:, 0]
+    padded = np.zeros((int(counts.max()), tokens_TxC.shape[1]), np.float16)
+    padded[: len(tokens_TxC)] = tokens_TxC
+    return np.concatenate([part[:count] for part, count in zip(_all(padded), counts, strict=True)])

@@ -1,0 +1,155 @@
+"""How many hits to score: recall against exact MaxSim for every choice, and the cheapest that reaches the target."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from jmlr_jax.retrieval.scann import ScannIndex
+from jmlr_jax.retrieval.tokens import BATCHES, best_of
+
+GRID = 1.25  # ratio of neighbouring numbers of hits
+LEAF_SHARES = (32, 16, 8, 4)  # a tree is tried with one in so many of its leaves
+
+
+class Point(BaseModel):
+    """One setting of the search: ``recall`` of the exact best ``k``, and what a question costs.
+
+    ``ms`` is measured at the most hits, search and scoring apart, and goes linearly with the hits between.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    hits: int
+    leaves: int | None
+    recall: float
+    ms: float
+
+
+class Curve(BaseModel):
+    """What was tried and what was chosen.
+
+    Attributes:
+      k: recall is of the exact best k passages.
+      target: the recall asked for; None: the most hits were asked for as they are.
+      questions: over how many.
+      chosen: the cheapest point that reaches the target, else the one of highest recall.
+      points: all of them, by leaves and hits.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    k: int
+    target: float | None
+    questions: int
+    chosen: Point
+    points: list[Point]
+
+    @property
+    def reached(self) -> bool:
+        """Whether the chosen point is as good as was asked for."""
+        return self.target is None or self.chosen.recall >= self.target
+
+
+def share_found(want_NxK: np.ndarray, got_NxK: np.ndarray) -> float:
+    """Mean share of the wanted rows of a question that were found; -1 on the right of a row is padding.
+
+    >>> share_found(np.array([[4, 2], [7, -1]]), np.array([[2, 9], [7, 1]]))
+    0.75
+    """
+    shares = [np.isin(want[want >= 0], got).mean() for want, got in zip(want_NxK, got_NxK, strict=True)]
+    return float(np.mean(shares))
+
+
+def tune(
+    index: ScannIndex, q_NxQxC: np.ndarray, exact_NxK: np.ndarray, most: int, target: float | None
+) -> tuple[ScannIndex, Curve]:
+    """The index with the fewest hits, and leaves, that reach the target, and the curve it was read from.
+
+    Args:
+      index: as built.
+      q_NxQxC: sample questions, at least one.
+      exact_NxK: their best rows by exact MaxSim, -1 padding on the right.
+      most: hits at most.
+      target: recall to reach; None: take ``most`` as it is.
+    """
+    k = exact_NxK.shape[1]
+    most = max(k, min(most, len(index)))
+    how = index.parts[0].how
+    tree: list[int | None] = [None]
+    if how.leaves is not None:
+        tree = list(dict.fromkeys(-(-how.leaves // share) for share in LEAF_SHARES))
+    points = [point for leaves in tree for point in _points(index.tuned(most, leaves), q_NxQxC, exact_NxK, most)]
+    if target is None:
+        good = [point for point in points if point.hits == most]
+        chosen = max(good, key=lambda point: (point.recall, -(point.leaves or 0)))
+    else:
+        good = [point for point in points if point.recall >= target]
+        # Work, not the clock, decides: the same data give the same index.
+        chosen = min(good, key=_work) if good else max(points, key=lambda point: (point.recall, -point.hits))
+    curve = Curve(k=k, target=target, questions=len(q_NxQxC), chosen=chosen, points=points)
+    return index.tuned(chosen.hits, chosen.leaves), curve
+
+
+def _work(point: Point) -> tuple[int, int]:
+    return point.hits * (point.leaves or 1), point.hits
+
+
+def _points(index: ScannIndex, q_NxQxC: np.ndarray, exact_NxK: np.ndarray, most: int) -> list[Point]:
+    """Recall at every number of hits, from one search for the most: fewer hits are its first ones."""
+    k, rows, scores = exact_NxK.shape[1], [], []
+    nearest_s = score_s = 0.0
+    for first in range(0, len(q_NxQxC), BATCHES[-1]):
+        q = q_NxQxC[first : first + BATCHES[-1]]
+        start = time.perf_counter()
+        row_NxH, _ = index.nearest(q, most)
+        middle = time.perf_counter()
+        rows.append(row_NxH)
+        scores.append(index.score(q, row_NxH))
+        # The last batch's time is kept: the first one's is compilation.
+        nearest_s, score_s = (middle - start) / len(q), (time.perf_counter() - middle) / len(q)
+    row_NxH, score_NxH = np.concatenate(rows), np.concatenate(scores)
+    points = []
+    for hits in grid(k, row_NxH.shape[1]):
+        got, _ = best_of(row_NxH[:, :hits], score_NxH[:, :hits], k)
+        ms = 1000 * (nearest_s + score_s * hits / row_NxH.shape[1])
+        recall = round(share_found(exact_NxK, got), 5)
+        points.append(Point(hits=hits, leaves=index.leaves, recall=recall, ms=round(ms, 3)))
+    return points
+
+
+def grid(least: int, most: int) -> list[int]:
+    """Numbers of hits that are tried.
+
+    >>> grid(10, 30)
+    [10, 12, 16, 20, 24, 30]
+    """
+    found, at = [], float(least)
+    while round(at) < most:
+        found.append(round(at))
+        at = max(at * GRID, at + 1)
+    return [*found, most]
+
+
+def picture(curve: Curve) -> bytes:
+    """The curve as PNG: recall over hits, a line for each number of leaves, the chosen point and the target."""
+    from matplotlib.figure import Figure  # a third of a second that training does not need
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for leaves in dict.fromkeys(point.leaves for point in curve.points):
+        line = [point for point in curve.points if point.leaves == leaves]
+        label = "no tree" if leaves is None else f"{leaves} leaves"
+        axes.plot([p.hits for p in line], [p.recall for p in line], marker=".", label=label)
+    axes.plot([curve.chosen.hits], [curve.chosen.recall], "o", mfc="none", ms=12, color="black", label="chosen")
+    if curve.target is not None:
+        axes.axhline(curve.target, ls="--", lw=1, color="grey")
+    axes.set(xscale="log", xlabel="hits scored by MaxSim", ylabel=f"share of the exact best {curve.k} found")
+    axes.set_title(
+        f"{curve.questions} questions; chosen: {curve.chosen.hits} hits, {curve.chosen.ms:.1f} ms a question"
+    )
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
