@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from jmlr_jax.data.batches import Prepared, assemble
 from jmlr_jax.data.leakage import filter_leaks
 from jmlr_jax.data.schema import InputError, Passage, Question
 from jmlr_jax.data.token_table import TokenTable
-from jmlr_jax.losses import llm_rank_loss
+from jmlr_jax.losses import RANK_LOSSES, llm_rank_loss, rank_loss
 from jmlr_jax.metrics import parse_answer
 from jmlr_jax.optim import GroupError, labels, make_optimizer, trainable_counts
 from jmlr_jax.pack import read_prompt
@@ -34,12 +33,7 @@ from jmlr_jax.scoring import maxsim, minmax, sample
 from jmlr_jax.step import init_state, joint_loss
 from jmlr_jax.tables import Candidates
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def test_fault_01_each_half_trains_at_its_own_rate() -> None:
@@ -105,7 +99,11 @@ def test_fault_04_equal_scores_and_too_few_candidates() -> None:
     np.testing.assert_array_equal(score, 0)
     index, taken = sample(score, valid, jax.random.gumbel(jax.random.key(0), (3, 4)), 3)
     assert taken.sum(1).tolist() == [3, 1, 0] and len(set(index[0].tolist())) == 3 and index[1, 0] == 0
-    assert np.isfinite(llm_rank_loss(jnp.zeros((3, 3)), jnp.full((3, 3), jnp.nan), jnp.zeros((3, 3), bool))).all()
+    nll = jnp.where(taken, 0.5, jnp.nan)  # what stands in a slot not taken reaches neither value nor gradient
+    for name in RANK_LOSSES:
+        loss = rank_loss(name, 0.0)
+        value, slope = jax.value_and_grad(lambda s, loss=loss: loss(s, nll, taken).sum())(jnp.zeros((3, 3)))
+        assert np.isfinite(value) and np.isfinite(slope).all(), name
 
 
 def test_fault_05_ties_have_no_weight_and_the_mean_is_true() -> None:
@@ -219,7 +217,7 @@ def test_fault_14_fewer_hits_do_not_shift_the_next_question() -> None:
     """Hits lay end to end and were cut every K: one short list misaligned all after it."""
     vectors = np.eye(3, dtype=np.float16)[:, None]
     index = ExactIndex(TokenVectors(vectors, np.ones((3, 1), bool)))
-    table = build_table(index, [np.eye(3, dtype=np.float32)[:, None]], 3, 5)
+    table, _ = build_table(index, [np.eye(3, dtype=np.float32)[:, None]], 3, 5)
     assert table.shape == (3, 5) and table[:, 0].tolist() == [0, 1, 2]
     np.testing.assert_array_equal(table[:, 3:], -1)
     assert all(sorted(row) == [0, 1, 2] for row in table[:, :3].tolist())

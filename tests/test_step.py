@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -19,15 +18,9 @@ from jmlr_jax.nn import functional as F
 from jmlr_jax.optim import make_optimizer, state_shardings
 from jmlr_jax.step import StepSpec, init_state, joint_loss, judge, make_step, passages_to_read
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """The arithmetic is tiny here and compiling it is most of the work."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def losses(made: StepSpec) -> Any:
@@ -92,8 +85,10 @@ def test_batch_gradient_is_the_mean_of_single_ones(plain: Any) -> None:
 
 
 def test_each_loss_teaches_its_own_half_only() -> None:
+    """With the KL loss, through which a judgement could have a gradient; LLM-Rank only compares judgements."""
+
     def parts(params: Any) -> jax.Array:
-        _, metrics = joint_loss(params, frozen(), batch(), KEY, spec=spec())
+        _, metrics = joint_loss(params, frozen(), batch(), KEY, spec=spec(rank_loss="kl"))
         return jnp.stack([metrics["loss/rank"], metrics["loss/answer"]])
 
     rank, answer = jax.jit(lambda params: [jax.vjp(parts, params)[1](row)[0] for row in jnp.eye(2)])(weights())
@@ -141,6 +136,9 @@ def test_judging_has_no_dropout_and_training_has_it() -> None:
     (_, second), _ = f(params, still, batch(), jax.random.key(2))
     assert first["loss/rank"] == second["loss/rank"] > 0
     assert abs(first["loss/answer"] - second["loss/answer"]) > 1e-4
+    without = spec(lora=LORA.model_copy(update={"dropout": 0.0}))
+    _, never = jax.jit(partial(joint_loss, spec=without))(params, still, batch(), KEY)
+    assert first["loss/rank"] == pytest.approx(float(never["loss/rank"]), rel=1e-5)  # nor the same one every time
 
 
 def test_adapters_train_and_their_base_does_not() -> None:
