@@ -49,7 +49,9 @@ def out(folder: Path) -> epath.Path:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["llama", "llama, tied, own head width", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama, tied, own head width", "mistral, no window", "qwen2, window, yarn", "qwen3"]
+)
 def test_round_trip_is_the_identity(name: str, dtype: str, tmp_path: Path, tokenizer: str) -> None:
     """On a mesh, in several files, without adapters: the bytes of every tensor and the fields of config.json."""
     source, written = tmp_path / "source", tmp_path / "written"
