@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hf_map
+import hf_models
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,19 +19,9 @@ llama_hidden = jax.jit(F.llama_hidden, static_argnums=1)
 llama_logits = jax.jit(F.llama_logits, static_argnums=1)
 llama_cached = jax.jit(F.llama_cached, static_argnums=1)
 
-V, T = 61, 24
+V, T = hf_models.VOCAB, 24
 LENGTHS = np.array([24, 17, 1])
-SHAPE = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-    "attn_implementation": "eager",
-}
+SHAPE = hf_models.SHAPE | {"attn_implementation": "eager"}
 # Of transformers' SHAPE; one for all tests that need no other, so that what is compiled is shared.
 SMALL = LlamaConfig(
     vocab_size=V,
