@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ class _Command(NamedTuple):
     example: str
     places: tuple[str, ...] = ()  # directories named without an option
     configured: bool = True  # whether it takes --config, --run-dir and key=value
+    together: bool = False  # whether several processes can run it as one
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +63,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[args.command]
     if rest and not command.configured:
         parser.error(f"unexpected argument {rest[0]} for `jmlr {args.command}` (see jmlr {args.command} --help)")
+    if getattr(args, "distributed", None) is not None:
+        return _as_one_of_several(args.distributed, lambda: _act(command, args, rest))
+    return _act(command, args, rest)
+
+
+def _as_one_of_several(where: str, act: Callable[[], int]) -> int:
+    """Runs a command as one process of a job; the exit status, 1 where another process seems to be lost."""
+    from jmlr_jax import distributed
+
+    try:
+        distributed.start(where)
+    except JmlrError as error:
+        print(f"jmlr: {error}", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request for a trace, where nothing is trained
+    try:
+        status = act()
+    except Exception:  # an error of ours is told by `act`; another process that is lost shows as any other
+        traceback.print_exc()
+        print(distributed.lost(), file=sys.stderr)
+        distributed.abandon(1)
+    if status == 130:
+        distributed.abandon(status)
+    distributed.finish()
+    return status
+
+
+def _act(command: _Command, args: argparse.Namespace, rest: list[str]) -> int:
     try:
         command.act(_configuration(args, rest) if command.configured else Config(), args)
         sys.stdout.flush()
@@ -94,11 +124,9 @@ def _configuration(args: argparse.Namespace, overrides: list[str]) -> Config:
 
 
 def _prepare(config: Config, args: argparse.Namespace) -> None:
-    from etils import epath
+    from jmlr_jax import pipeline
 
-    from jmlr_jax.data.prepare import prepare
-
-    prepare(config, epath.Path(config.run_dir) / "data")
+    pipeline.prepare_data(config)
 
 
 def _index(config: Config, args: argparse.Namespace) -> None:
@@ -121,11 +149,9 @@ def _eval(config: Config, args: argparse.Namespace) -> None:
 
 
 def _report(config: Config, args: argparse.Namespace) -> None:
-    from etils import epath
+    from jmlr_jax import pipeline
 
-    from jmlr_jax import report
-
-    report.report(epath.Path(config.run_dir), resamples=config.eval.bootstrap)
+    pipeline.write_report(config)
 
 
 def _run(config: Config, args: argparse.Namespace) -> None:
@@ -164,12 +190,15 @@ COMMANDS = {
         _prepare,
         "read questions and passages, split, filter leakage, tokenise",
         "jmlr prepare --run-dir runs/a data.questions=jsonl data.train_path=train.jsonl",
+        together=True,
     ),
-    "index": _Command(_index, "encode the passages and build the index", "jmlr index --run-dir runs/a"),
-    "train": _Command(_train, "train one arm, or continue it", "jmlr train --run-dir runs/a --arm bm25"),
-    "eval": _Command(_eval, "evaluate trained arms", "jmlr eval --run-dir runs/a eval.split=dev"),
-    "report": _Command(_report, "write tables and figures of a run", "jmlr report --run-dir runs/a"),
-    "run": _Command(_run, "all of the above, for one seed or several", "jmlr run --seeds 3 --run-dir runs/a"),
+    "index": _Command(_index, "encode the passages and build the index", "jmlr index --run-dir runs/a", together=True),
+    "train": _Command(_train, "train one arm, or continue it", "jmlr train --run-dir runs/a --arm bm25", together=True),
+    "eval": _Command(_eval, "evaluate trained arms", "jmlr eval --run-dir runs/a eval.split=dev", together=True),
+    "report": _Command(_report, "write tables and figures of a run", "jmlr report --run-dir runs/a", together=True),
+    "run": _Command(
+        _run, "all of the above, for one seed or several", "jmlr run --seeds 3 --run-dir runs/a", together=True
+    ),
     "import": _Command(
         _import,
         "check a published checkpoint and write it for training",
@@ -223,6 +252,13 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("run_dir" if place == "RUN" else place.lower(), metavar=place)
         if command.configured and "RUN" not in command.places:
             sub.add_argument("--run-dir", metavar="DIR", help="where the run lives; short for run_dir=DIR")
+        if command.together:
+            sub.add_argument(
+                "--distributed",
+                metavar="WHERE",
+                help="run as one of several processes, all started with the same command: auto (TPU slices), or "
+                "HOST:PORT,ID,COUNT",
+            )
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if name == "train":
             sub.add_argument("--arm", choices=(*ARMS, "all"), default="jmlr", help="default: jmlr; all: eval.arms")

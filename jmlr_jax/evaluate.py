@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from rich.progress import track
 
 from jmlr_jax.config import Config, LlamaConfig
@@ -33,7 +33,8 @@ from jmlr_jax.metrics import bootstrap_interval, exact_match, parse_answer, toke
 from jmlr_jax.nn.functional import init_cache, llama_cached, llama_logits
 from jmlr_jax.nn.layers import Adapters, Params
 from jmlr_jax.pack import read_prompt
-from jmlr_jax.sharding import batch_sharding, check_rows
+from jmlr_jax.placement import everywhere, place_batch
+from jmlr_jax.sharding import check_rows
 
 Rows = list[dict[str, Any]]
 
@@ -206,7 +207,7 @@ def continuation_nll(
 
 
 @partial(jax.jit, static_argnames=("cfg", "ids", "total", "everywhere"))
-def _evaluate_batch(
+def evaluate_batch(
     params: Params,
     adapters: Adapters | None,
     batch: dict[str, Array],
@@ -261,17 +262,17 @@ def _run(
     option_ids, option_len = prepared.option_tokens(split, place_B)
     batch["option_ids_BxOxA"] = np.concatenate([answer_ids[:, None], option_ids], axis=1)
     batch["option_len_BxO"] = np.concatenate([answer_len[:, None], option_len], axis=1)
-    on_device = batch if mesh is None else jax.device_put(batch, batch_sharding(mesh))
-    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    whole = np.arange(len(place_B))
+    on_device = batch if mesh is None else place_batch(mesh, batch, whole, len(whole))
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
-        found = _evaluate_batch(
+        found = evaluate_batch(
             reader.params,
             reader.adapters,
             on_device,
             cfg=reader.cfg,
             ids=ids,
             total=cfg.generator.max_length - lengths["answer"],
-            everywhere=everywhere,
+            everywhere=None if mesh is None else everywhere(mesh),
         )
     return {**{name: np.asarray(value) for name, value in found.items()}, "option_len": option_len}
 

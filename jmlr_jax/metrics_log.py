@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from jmlr_jax import distributed
+from jmlr_jax.distributed import is_first, shows_progress
 from jmlr_jax.files import write_text
 
 SHOWN = {"loss/answer": "answer", "loss/rank": "rank", "rank/pair_accuracy": "pairs", "recall/candidates": "recall@K"}
 
 
 class MetricsLog:
-    """Writes the metrics of one phase; use as a context manager.
+    """Writes the metrics of one phase; use as a context manager. Of several processes only the first writes.
 
     Args:
       folder: the phase's directory.
@@ -33,18 +34,19 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, name: str, steps: int, every: int, questions: int, step: int):
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.steps, self.every, self.questions = folder, steps, every, questions
-        for file in ("metrics.jsonl", "speed.jsonl"):
-            _cut(folder / file, step)
+        self._writes = is_first()
+        if self._writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in ("metrics.jsonl", "speed.jsonl"):
+                _cut(folder / file, step)
         self._waiting: tuple[int, dict[str, Any], dict[str, float]] | None = None
         self._clock, self._clock_step, self._tokens = time.monotonic(), step, 0.0
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-        console = Console(stderr=True)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step, write_to_disk=self._writes)
+        console = distributed.console()
         columns = [TextColumn(f"[bold]{name}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)]
-        self._bar = Progress(
-            *columns, TextColumn("{task.fields[now]}"), console=console, disable=not console.is_terminal
-        )
+        shown = shows_progress(console)
+        self._bar = Progress(*columns, TextColumn("{task.fields[now]}"), console=console, disable=not shown)
         self._task = self._bar.add_task(name, total=steps, completed=step, now="")
 
     def __enter__(self) -> MetricsLog:
@@ -93,6 +95,8 @@ class MetricsLog:
         self._write("metrics.jsonl", step, row)
 
     def _write(self, name: str, step: int, row: dict[str, float]) -> None:
+        if not self._writes:
+            return
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **row}) + "\n")
         for key, value in row.items():

@@ -10,32 +10,40 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jmlr_jax import lora
+from jmlr_jax import distributed, lora
 from jmlr_jax.arms import PHASES, chain, trained_retriever
 from jmlr_jax.checkpoint import load_weights
 from jmlr_jax.config import Config
 from jmlr_jax.data.prepare import prepare
 from jmlr_jax.data.tokenizers import load_tokenizer
+from jmlr_jax.distributed import from_first, gather, on_first, shows_progress
 from jmlr_jax.evaluate import Reader, evaluate_arm
 from jmlr_jax.files import write_text
 from jmlr_jax.metrics import ranking_summary
+from jmlr_jax.placement import own_arrays
 from jmlr_jax.report import report
 from jmlr_jax.run import Run
-from jmlr_jax.tables import fixed_table, retrieve, retriever_index
+from jmlr_jax.tables import fixed_table, index_folder, retrieve, retriever_index
 from jmlr_jax.train import phase_weights, train_phase
 
 INITIAL = "initial"  # the name of the index of the retriever before any training
 
 
+def prepare_data(cfg: Config, console: Console | None = None) -> None:
+    """``data/`` of a run directory; of several processes the first makes it for all."""
+    on_first(lambda: prepare(cfg, Path(cfg.run_dir) / "data", console))
+
+
 def index(cfg: Config) -> None:
     """Builds and saves the index of the initial retriever and of every trained one, in ``index/NAME``."""
-    run, console = Run.open(cfg), Console(stderr=True)
-    names = [None, *(p.name for p in PHASES.values() if p.rank and _weights(run, p.name).exists())]
-    for name in names:
+    run, console = Run.open(cfg), distributed.console()
+    trained = from_first(lambda: [p.name for p in PHASES.values() if p.rank and _weights(run, p.name).exists()])
+    for name in (None, *trained):
         with jax.set_mesh(run.mesh), run.timed("index"):
-            built = retriever_index(run, retriever_of(run, name), progress=console.is_terminal)
-            folder = run.directory / "index" / (name or INITIAL)
+            built = retriever_index(run, retriever_of(run, name), progress=shows_progress(console))
+            folder = index_folder(run, name or INITIAL)
             built.save(folder)
+            gather(None)  # what process 0 reports is there of all
         card = built.card
         found = ", ".join(f"recall@{k} {r:.3f} of the exact index" for k, r in card.recall.items())
         console.print(
@@ -48,13 +56,13 @@ def train(cfg: Config, arm: str) -> None:
     """Trains an arm and the phases it starts from; finished phases are left alone, an interrupted one continues."""
     run = Run.open(cfg)
     for phase in chain(arm, warmup=cfg.train.warmup.steps > 0):
-        train_phase(run, phase, Console(stderr=True))
+        train_phase(run, phase, distributed.console())
 
 
 def evaluate(cfg: Config, arms: Sequence[str]) -> None:
     """Evaluates trained arms on ``eval.split`` and their retrievers, into ``eval/``."""
     run = Run.open(cfg)
-    run.directory.joinpath("eval").mkdir(exist_ok=True)
+    on_first(lambda: run.directory.joinpath("eval").mkdir(exist_ok=True))
     for arm in arms:
         with jax.set_mesh(run.mesh), run.timed("eval"):
             _evaluate(run, arm)
@@ -65,24 +73,31 @@ def evaluate(cfg: Config, arms: Sequence[str]) -> None:
 
 def run_all(cfg: Config, seeds: int) -> None:
     """The whole experiment for so many seeds from ``cfg.seed`` on, each in ``run_dir/seed_N``, and its report."""
-    console = Console(stderr=True)
+    console = distributed.console()
     for seed in range(cfg.seed, cfg.seed + seeds):
         one = cfg.model_copy(update={"seed": seed, "run_dir": str(Path(cfg.run_dir) / f"seed_{seed}")})
         console.rule(f"seed {seed}")
-        prepare(one, Path(one.run_dir) / "data", console)
+        prepare_data(one, console)
         index(one)
         for arm in one.eval.arms:
             train(one, arm)
         index(one)
         evaluate(one, one.eval.arms)
-    report(cfg.run_dir, resamples=cfg.eval.bootstrap)
+    write_report(cfg)
+
+
+def write_report(cfg: Config) -> None:
+    """The report of a run directory; of several processes the first writes it."""
+    on_first(lambda: report(cfg.run_dir, resamples=cfg.eval.bootstrap))
 
 
 def retriever_of(run: Run, phase: str | None) -> object:
-    """Weights of the retriever that a phase trained; None is the initial one."""
+    """Weights of the retriever that a phase trained (None: the initial one), for this process to compute with."""
     if phase is None:
-        return run.initial_weights()["retriever"]
-    return load_weights(_weights(run, phase) / "retriever", run.abstract(("retriever",))["retriever"])
+        weights = run.initial_weights()["retriever"]
+    else:
+        weights = load_weights(_weights(run, phase) / "retriever", run.abstract(("retriever",))["retriever"])
+    return own_arrays(weights, run.mesh)
 
 
 def _weights(run: Run, phase: str) -> Path:
@@ -102,10 +117,9 @@ def _evaluate(run: Run, arm: str) -> None:
     )
     source = "retriever" if phase.passages == "live" else phase.passages
     table = fixed_table(run, source, cfg.eval.split, cfg.train.read_passages, retriever_of(run, trained_retriever(arm)))
-    result = evaluate_arm(
-        arm, reader, run.prepared, cfg.eval.split, table, cfg, mesh=run.mesh, progress=Console(stderr=True).is_terminal
-    )
-    result.save(run.directory / "eval")
+    progress = shows_progress(distributed.console())
+    result = evaluate_arm(arm, reader, run.prepared, cfg.eval.split, table, cfg, mesh=run.mesh, progress=progress)
+    on_first(lambda: result.save(run.directory / "eval"))
 
 
 def _evaluate_retrievers(run: Run, arms: Sequence[str]) -> None:
@@ -131,7 +145,7 @@ def _evaluate_retrievers(run: Run, arms: Sequence[str]) -> None:
     found["arms"] = by_arm
     if "jmlr" in by_arm:
         found["after"] = by_arm["jmlr"]
-    write_text(run.directory / "eval" / "retriever.json", json.dumps(found, indent=1) + "\n")
+    on_first(lambda: write_text(run.directory / "eval" / "retriever.json", json.dumps(found, indent=1) + "\n"))
 
 
 def _padded(gold: list[list[int]]) -> np.ndarray:

@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 
 from jmlr_jax import config_io, lora
 from jmlr_jax.config import Config, LlamaConfig, RetrieverConfig
-from jmlr_jax.data.batches import Prepared
+from jmlr_jax.data.batches import CARD, Prepared
+from jmlr_jax.distributed import DistributedError, check_same, gather, is_first, on_first
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.files import write_text
 from jmlr_jax.hf.load import load_generator, load_retriever
@@ -43,18 +44,24 @@ class Run:
     def open(cls, cfg: Config) -> Run:
         """Opens a prepared run directory; the first call saves the configuration there.
 
+        Several processes open the same directory together.
+
         Raises:
+          DistributedError: they were started with different configurations, or do not see the same directory.
           FileNotFoundError: `jmlr prepare` has not run.
           ConfigError: the directory belongs to another configuration.
           ShardingError: the mesh does not fit the devices.
         """
         directory = Path(cfg.run_dir).absolute()
-        saved = directory / config_io.RESOLVED_NAME
-        if saved.exists():
-            config_io.check_resume(config_io.load(str(saved)), cfg, str(saved))
-        prepared = Prepared.open(directory / "data")
-        config_io.save_resolved(cfg, saved)
-        return cls(cfg, directory, prepared, make_mesh(cfg.mesh))
+        check_same("the configuration", config_io.to_yaml(cfg), "start the same command in every process")
+        on_first(lambda: _check_and_save(cfg, directory))
+        sees = gather((directory / "data" / CARD).is_file())
+        if not all(sees):
+            raise DistributedError(
+                f"{directory}: process {sees.index(False)} does not see the data that process 0 sees; a run directory "
+                "is one folder that all processes share (docs/tpu.md)"
+            )
+        return cls(cfg, directory, Prepared.open(directory / "data"), make_mesh(cfg.mesh))
 
     @cached_property
     def retriever(self) -> RetrieverConfig:
@@ -123,20 +130,35 @@ class Run:
 
     def gold(self, split: str) -> list[list[int]]:
         """Rows of the gold passages of each question, for metrics alone."""
-        return [self.prepared.gold(split, row).tolist() for row in range(len(self.prepared.questions(split)))]
+        table = self.prepared.tokens(f"{split}.gold")
+        return [table.row(row).tolist() for row in range(len(table))]
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Adds the seconds spent inside to ``timing.json`` under `name` and "total"."""
+        """Adds the seconds spent inside to ``timing.json`` under `name` and "total"; process 0's are kept."""
         start = time.monotonic()
         try:
             yield
         finally:
             path = self.directory / "timing.json"
-            seconds = json.loads(path.read_text()) if path.exists() else {}
-            for key in (name, "total"):
-                seconds[key] = round(seconds.get(key, 0.0) + time.monotonic() - start, 3)
-            write_text(path, json.dumps(seconds, indent=1) + "\n")
+            if is_first():
+                _add_seconds(path, (name, "total"), time.monotonic() - start)
+
+
+def _check_and_save(cfg: Config, directory: Path) -> None:
+    """Saves the configuration in a prepared directory; refuses one of another configuration."""
+    saved = directory / config_io.RESOLVED_NAME
+    if saved.exists():
+        config_io.check_resume(config_io.load(str(saved)), cfg, str(saved))
+    Prepared.open(directory / "data")
+    config_io.save_resolved(cfg, saved)
+
+
+def _add_seconds(path: Path, names: tuple[str, ...], more: float) -> None:
+    seconds = json.loads(path.read_text()) if path.exists() else {}
+    for name in names:
+        seconds[name] = round(seconds.get(name, 0.0) + more, 3)
+    write_text(path, json.dumps(seconds, indent=1) + "\n")
 
 
 class DataError(JmlrError):

@@ -7,58 +7,99 @@ even where building an index is not deterministic.
 
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from jmlr_jax.arms import PassageSource
+from jmlr_jax.distributed import check_same, from_first, is_first, on_first
 from jmlr_jax.encode import encode_corpus, encode_queries_batched
 from jmlr_jax.files import replacing
 from jmlr_jax.nn.functional import encode_passages, encode_queries
+from jmlr_jax.placement import own_mesh
 from jmlr_jax.retrieval.bm25 import BM25
 from jmlr_jax.retrieval.build import build_index
-from jmlr_jax.retrieval.candidates import build_table, mixed_table, overlap, random_table, recall
+from jmlr_jax.retrieval.candidates import build_table, merged_table, mixed_table, overlap, random_table, recall
 from jmlr_jax.retrieval.store import Index, IndexUnusable, open_index, params_fingerprint
-from jmlr_jax.run import Run
+from jmlr_jax.run import DataError, Run
 
 SPARE_DEPTH = 4  # how many times its share each source of a mixture is asked for, to fill up what they have in common
 
 
+def index_folder(run: Run, name: str) -> Path:
+    """Where this process keeps its index of that name: the whole corpus, or its own share of it."""
+    folder, count = run.directory / "index" / name, jax.process_count()
+    return folder if count == 1 else folder / f"share_{jax.process_index()}_of_{count}"
+
+
 def retriever_index(run: Run, retriever: Any, progress: bool = False) -> Index:
-    """An index of the corpus as this retriever encodes it; a saved one of the same weights and corpus is opened."""
-    model, corpus = params_fingerprint(jax.device_get(retriever)), run.prepared.card["fingerprints"]["corpus"]
-    for saved in sorted((run.directory / "index").glob("*/card.json")):
+    """An index of the corpus as this retriever encodes it; a saved one of the same weights and corpus is opened.
+
+    Of several processes each encodes and indexes its own share of the passages, on its own devices and without a word
+    to the others, so that this may run in a thread beside training.
+
+    Args:
+      retriever: of :func:`jmlr_jax.placement.own_arrays`.
+      progress: show a bar.
+    """
+    passages, corpus = _share(run)
+    model = params_fingerprint(jax.device_get(retriever))
+    for saved in sorted(run.directory.glob(str(index_folder(run, "*").relative_to(run.directory) / "card.json"))):
         try:
             return open_index(saved.parent, model, corpus)
         except IndexUnusable:
             continue  # of another retriever
     cfg, prepared = run.cfg, run.prepared
-    vectors = encode_corpus(
-        encode_passages,
-        retriever,
-        run.retriever,
-        prepared.passage_tokens,
-        len(prepared.passages),
-        prepared.skip_V,
-        batch=cfg.index.encode_batch,
-        mesh=run.mesh,
-        progress=progress,
-    )
-    rows = np.arange(min(cfg.index.oracle_queries, len(prepared.questions("train"))))
-    sample = np.concatenate(list(query_vectors(run, retriever, "train", rows)))
-    return build_index(
-        vectors,
-        cfg.index,
-        model_fingerprint=model,
-        corpus_fingerprint=corpus,
-        sample_q_NxQxC=sample,
-        recall_at=(cfg.train.candidates,),
-        seed=cfg.seed,
-    )
+    with _alone(run):
+        vectors = encode_corpus(
+            encode_passages,
+            retriever,
+            run.retriever,
+            lambda rows: prepared.passage_tokens(passages.start + rows),
+            len(passages),
+            prepared.skip_V,
+            batch=_encode_batch(run),
+            mesh=own_mesh(run.mesh),
+            progress=progress,
+        )
+        rows = np.arange(min(cfg.index.oracle_queries, len(prepared.questions("train"))))
+        sample = np.concatenate(list(query_vectors(run, retriever, "train", rows)))
+        return build_index(
+            vectors,
+            cfg.index,
+            model_fingerprint=model,
+            corpus_fingerprint=corpus,
+            sample_q_NxQxC=sample,
+            recall_at=(cfg.train.candidates,),
+            seed=cfg.seed,
+        )
+
+
+def _share(run: Run) -> tuple[range, str]:
+    """Passages that this process indexes, and the fingerprint of that part of the corpus."""
+    count, whole, own = len(run.prepared.passages), run.prepared.card["fingerprints"]["corpus"], jax.process_index()
+    if jax.process_count() == 1:
+        return range(count), whole
+    if count < jax.process_count():
+        raise DataError(f"{count} passages cannot be shared among {jax.process_count()} processes; start fewer")
+    rows = range(own * count // jax.process_count(), (own + 1) * count // jax.process_count())
+    return rows, f"{whole} rows {rows.start} to {rows.stop}"
+
+
+def _alone(run: Run) -> AbstractContextManager[Any]:
+    """While this is open, arrays made on the way belong to this process, where that makes a difference."""
+    own = own_mesh(run.mesh)
+    return nullcontext() if own is run.mesh else jax.set_mesh(own)
+
+
+def _encode_batch(run: Run) -> int:
+    return -(-run.cfg.index.encode_batch // jax.process_count())
 
 
 def query_vectors(run: Run, retriever: Any, split: str, rows: np.ndarray, progress: bool = False) -> Any:
@@ -73,15 +114,29 @@ def query_vectors(run: Run, retriever: Any, split: str, rows: np.ndarray, progre
         run.retriever,
         read,
         len(rows),
-        batch=run.cfg.index.encode_batch,
-        mesh=run.mesh,
+        batch=_encode_batch(run),
+        mesh=own_mesh(run.mesh),
         progress=progress,
     )
 
 
+def search(
+    run: Run, index: Index, retriever: Any, split: str, rows: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best passages of these questions in the index of this process: corpus rows int32 [n, k], and scores."""
+    with _alone(run):
+        table, score = build_table(index, query_vectors(run, retriever, split, rows), len(rows), k)
+    return np.where(table < 0, -1, table + _share(run)[0].start).astype(np.int32), score
+
+
+def merged(found: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """The best of what all processes found, int32 [n, k]; a collective: the main thread of each calls it."""
+    return found[0] if jax.process_count() == 1 else merged_table(*process_allgather(found))
+
+
 def retrieve(run: Run, index: Index, retriever: Any, split: str, rows: np.ndarray, k: int) -> np.ndarray:
-    """The k best passages of these questions, int32 [n, k], best first."""
-    return build_table(index, query_vectors(run, retriever, split, rows), len(rows), k)
+    """The k best passages of the corpus for these questions, int32 [n, k], best first; a collective."""
+    return merged(search(run, index, retriever, split, rows, k))
 
 
 def fixed_table(run: Run, source: PassageSource, split: str, k: int, retriever: Any = None) -> np.ndarray:
@@ -128,14 +183,17 @@ class Candidates:
         self.metrics: dict[str, float] = {}
 
     def start(self, step: int, retriever: Any, rows: np.ndarray) -> None:
-        """Begins the refresh of `step` for these training questions; `retriever` must be the caller's to give away."""
-        self._pending = step, self._pool.submit(self._make, step, retriever, np.unique(rows))
+        """Begins the refresh of `step` for these training questions.
+
+        `retriever` is of :func:`jmlr_jax.placement.own_arrays`, and the caller's to give away.
+        """
+        self._pending = step, self._pool.submit(self._search, step, retriever, np.unique(rows))
 
     def adopt(self) -> None:
         """Waits for the refresh under way and reads from its table from now on."""
         if self._pending is None:
             return
-        made, self._pending = self._pending[1].result(), None
+        made, self._pending = self._made(), None
         rows, fresh = made["rows"], made["train"]
         before = self.train_NxK[rows]
         seen = (before >= 0).any(1)
@@ -149,7 +207,7 @@ class Candidates:
     def wait(self) -> None:
         """Lets the refresh under way finish, so that its file is on disk."""
         if self._pending is not None:
-            self._pending[1].result()
+            self._made()
 
     def state(self) -> dict[str, np.ndarray]:
         """What a checkpoint holds of this object; the step of the refresh under way is -1 if there is none."""
@@ -169,31 +227,52 @@ class Candidates:
         """Ends the thread; a refresh nobody waits for is given up."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _make(self, step: int, retriever: Any, rows: np.ndarray) -> dict[str, np.ndarray]:
+    def _search(self, step: int, retriever: Any, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """What this process finds in its own index; or the whole result, where an earlier run has left it."""
         fingerprint = np.array(params_fingerprint(jax.device_get(retriever)))
-        file = self._file(step)
-        if file.exists():
-            made = dict(np.load(file))
+        if is_first() and self._file(step).exists():  # one answer for all processes, see `_made`
+            made = dict(np.load(self._file(step)))
             if made["fingerprint"] == fingerprint and np.array_equal(made["rows"], rows):
                 return made
-        run, mix = self.run, self.run.cfg.train.mix
+        run, depth = self.run, SPARE_DEPTH * self.run.cfg.train.mix.index
         index = retriever_index(run, retriever)
-        mixed = partial(self._mixed, step=step)
-        top = retrieve(run, index, retriever, "train", rows, SPARE_DEPTH * mix.index)
-        dev_rows = np.arange(self._dev_count())
-        dev = (
-            retrieve(run, index, retriever, "dev", dev_rows, SPARE_DEPTH * mix.index) if len(dev_rows) else self.dev_nxK
-        )
-        made = {
-            "rows": rows,
-            "train": mixed("train", top, rows),
-            "dev": mixed("dev", dev, dev_rows) if len(dev_rows) else dev,
-            "top": top[:, :1],
-            "fingerprint": fingerprint,
-        }
-        with replacing(file) as out:
-            np.savez(out, allow_pickle=False, **made)
+        found = {"rows": rows, "fingerprint": fingerprint}
+        found["found"], found["score"] = search(run, index, retriever, "train", rows, depth)
+        if self._dev_count():
+            dev_rows = np.arange(self._dev_count())
+            found["dev_found"], found["dev_score"] = search(run, index, retriever, "dev", dev_rows, depth)
+        return found
+
+    def _made(self) -> dict[str, np.ndarray]:
+        """The refresh under way, finished, and its file on disk; the main thread of each process calls it."""
+        assert self._pending is not None
+        step, future = self._pending
+        made = future.result()
+        if not from_first(lambda: "train" in made):
+            made = self._mix(step, made)
+            on_first(lambda: self._save(step, made))
+        elif "train" not in made:  # process 0 has found the file
+            made = dict(np.load(self._file(step)))
+        finished: Future[dict[str, np.ndarray]] = Future()
+        finished.set_result(made)
+        self._pending = step, finished
         return made
+
+    def _mix(self, step: int, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The tables of a refresh from what all processes found."""
+        top, dev = merged((found["found"], found["score"])), self.dev_nxK
+        if self._dev_count():
+            dev = merged((found["dev_found"], found["dev_score"]))
+            dev = self._mixed("dev", dev, np.arange(len(dev)), step)
+        train = self._mixed("train", top, found["rows"], step)
+        digest = hashlib.sha256(train.tobytes() + dev.tobytes()).hexdigest()
+        check_same(f"the candidate table of step {step}", digest, "a fault; please report it with both outputs")
+        made = {"rows": found["rows"], "train": train, "dev": dev, "top": top[:, :1]}
+        return made | {"fingerprint": found["fingerprint"]}
+
+    def _save(self, step: int, made: dict[str, np.ndarray]) -> None:
+        with replacing(self._file(step)) as out:
+            np.savez(out, allow_pickle=False, **made)
 
     def _mixed(self, split: str, retrieved: np.ndarray, rows: np.ndarray, step: int) -> np.ndarray:
         """Candidates from all three sources, METHOD's K; see ``MixConfig``."""

@@ -14,18 +14,20 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from jmlr_jax.arms import Phase
 from jmlr_jax.checkpoint import DEV_LOSS, Checkpoints, load_weights, save_weights
 from jmlr_jax.config import OptimizerConfig, TrainConfig
 from jmlr_jax.data.batches import Batch, assemble, question_stream
+from jmlr_jax.distributed import Stop, from_first, on_first
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.metrics_log import MetricsLog
 from jmlr_jax.optim import make_optimizer, state_shardings, trainable_counts
+from jmlr_jax.placement import everywhere, own_arrays, place_batch, rows_held
+from jmlr_jax.profiling import tracer
 from jmlr_jax.run import Run, Weights
-from jmlr_jax.sharding import batch_sharding, check_rows
+from jmlr_jax.sharding import check_rows
 from jmlr_jax.step import StepSpec, init_state, make_step, reading_loss
 from jmlr_jax.tables import Candidates, fixed_table
 from jmlr_jax.warmup import ReadingLessons
@@ -41,7 +43,7 @@ class Loop:
 
     Attributes:
       step: compiled ``(state, frozen, batch) -> (state, metrics)``; dev: compiled mean answer loss of dev questions.
-      batch: training batch of ``(step, question rows)``.
+      batch: ``(step, question rows, held)`` to those rows of the training batch that this process holds.
       candidates: of a live retriever; None where the table is fixed.
       dev_table: passages of the dev questions where the table is fixed.
     """
@@ -50,7 +52,7 @@ class Loop:
     frozen: Weights
     step: Callable[..., tuple[dict[str, Any], dict[str, Any]]]
     dev: Callable[..., Any]
-    batch: Callable[[int, np.ndarray], Batch]
+    batch: Callable[[int, np.ndarray, np.ndarray], Batch]
     candidates: Candidates | None
     dev_table: np.ndarray
 
@@ -62,7 +64,7 @@ def train_phase(run: Run, phase: Phase, console: Console) -> Path:
       TrainingStopped: SIGTERM came (a checkpoint was saved), or too many updates in a row were not finite.
     """
     folder = run.directory / "arms" / phase.name
-    if (folder / "weights").exists():
+    if from_first((folder / "weights").exists):
         return folder / "weights"
     with jax.set_mesh(run.mesh), run.timed("train"):
         _train(run, phase, folder, console)
@@ -71,7 +73,7 @@ def train_phase(run: Run, phase: Phase, console: Console) -> Path:
 
 def _train(run: Run, phase: Phase, folder: Path, console: Console) -> None:
     cfg, steps = run.cfg.train, phase_steps(run.cfg.train, phase)
-    stream = _stream(run, jax.process_index(), jax.process_count())
+    stream, held = _stream(run), rows_held(run.mesh, cfg.batch_size)
     loop = _build(run, phase, folder, steps, console)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.keep_last)
     done = _resume(loop, checkpoints, stream)
@@ -79,18 +81,20 @@ def _train(run: Run, phase: Phase, folder: Path, console: Console) -> None:
         _refresh(run, loop, stream, 0)
         loop.candidates.adopt()
     refresh = cfg.refresh_steps if phase.passages == "live" else 0
-    try:
-        with MetricsLog(folder, phase.name, steps, cfg.log_steps, cfg.batch_size, done) as log, _sigterm() as stop:
+    with _closing(loop, checkpoints), _sigterm() as sigterm, tracer(folder) as trace:
+        stop = Stop()
+        with MetricsLog(folder, phase.name, steps, cfg.log_steps, cfg.batch_size, done) as log:
             for step in range(done, steps):
                 if refresh and loop.candidates and step and step % refresh == 0:
                     _refresh(run, loop, stream, step)
                 if refresh and loop.candidates and step > refresh and step % refresh == cfg.refresh_delay:
                     loop.candidates.adopt()
-                placed = _place(run, loop.batch(step, next(stream)))
+                placed = _place(run, loop.batch(step, next(stream), held), held)
                 loop.state, metrics = loop.step(loop.state, loop.frozen, placed)
+                trace.after_step(metrics)
                 extra = dict(loop.candidates.metrics) if refresh and loop.candidates else {}
                 _check_finite(log.push(step + 1, metrics, extra), cfg.max_skipped_in_row)
-                last, stopped = step + 1 == steps, stop.is_set()
+                last, stopped = step + 1 == steps, stop.after(step, sigterm.is_set())
                 planned = last or (step + 1) % cfg.checkpoint_steps == 0
                 if planned or stopped:
                     _check_finite(log.flush(), cfg.max_skipped_in_row)
@@ -99,11 +103,24 @@ def _train(run: Run, phase: Phase, folder: Path, console: Console) -> None:
                     raise TrainingStopped(
                         f"SIGTERM: {phase.name} saved at step {step + 1} of {steps}; the same command continues"
                     )
-    finally:  # what was saved before an error is worth keeping
+    _finish(run, loop, checkpoints, folder)
+
+
+@contextmanager
+def _closing(loop: Loop, checkpoints: Checkpoints) -> Iterator[None]:
+    """Ends the refresh thread and lets checkpoints be written out: what was saved before an error is worth keeping."""
+    try:
+        yield
+    except BaseException as error:
+        # Of several processes another may be gone, and waiting for it would hide this error.
+        if jax.process_count() == 1 or isinstance(error, JmlrError):
+            checkpoints.close()
+        raise
+    else:
         checkpoints.close()
+    finally:
         if loop.candidates is not None:
             loop.candidates.close()
-    _finish(run, loop, checkpoints, folder)
 
 
 def phase_steps(cfg: TrainConfig, phase: Phase) -> int:
@@ -154,22 +171,23 @@ def _build(run: Run, phase: Phase, folder: Path, steps: int, console: Console) -
     elif phase.passages == "mixed":
         tables = {"dev": fixed_table(run, "bm25", "dev", passages)}
     else:
-        tables = {s: fixed_table(run, phase.passages, s, max(passages, 1), start) for s in ("train", "dev")}
+        own = own_arrays(start, run.mesh) if phase.passages == "retriever" else None
+        tables = {s: fixed_table(run, phase.passages, s, max(passages, 1), own) for s in ("train", "dev")}
     optimizer = make_optimizer(train, steps)
     placed = _state_shardings(run, params, optimizer)
     key = jax.random.PRNGKey(cfg.seed)
     state = jax.jit(partial(init_state, optimizer=optimizer), out_shardings=placed)(params, key=key)
 
-    def batch(step: int, rows: np.ndarray) -> Batch:
+    def batch(step: int, rows: np.ndarray, held: np.ndarray) -> Batch:
         table = candidates.train_NxK if candidates else tables["train"]
-        return assemble(prepared, "train", rows, table[rows])
+        return assemble(prepared, "train", rows[held], table[rows[held]])
 
     return Loop(
         state=state,
         frozen=weights | {"skip_V": jax.numpy.asarray(prepared.skip_V)},
         # Pinned output layout: a step whose own output came back laid out otherwise would compile a second time.
         step=jax.jit(make_step(spec, optimizer), donate_argnums=0, out_shardings=(placed, None)),
-        dev=jax.jit(partial(reading_loss, spec=spec)),
+        dev=jax.jit(partial(reading_loss, spec=spec), out_shardings=everywhere(run.mesh)),
         batch=ReadingLessons(run).batch if phase.passages == "mixed" else batch,
         candidates=candidates,
         dev_table=np.zeros((0, 1), np.int32) if candidates else tables["dev"][: train.dev_questions],
@@ -177,23 +195,21 @@ def _build(run: Run, phase: Phase, folder: Path, steps: int, console: Console) -
 
 
 def _state_shardings(run: Run, params: Weights, optimizer: optax.GradientTransformation) -> dict[str, Any]:
-    everywhere = NamedSharding(run.mesh, PartitionSpec())
     params_placed = run.shardings_of(params, run.retriever, run.llama)
-    opt_placed = state_shardings(optimizer, params, params_placed, everywhere)
-    counters = dict.fromkeys(("step", "key", "skipped", "skipped_in_row"), everywhere)
+    opt_placed = state_shardings(optimizer, params, params_placed, everywhere(run.mesh))
+    counters = dict.fromkeys(("step", "key", "skipped", "skipped_in_row"), everywhere(run.mesh))
     return {**counters, "params": params_placed, "opt": opt_placed}
 
 
-def _stream(run: Run, host: int, hosts: int) -> Any:
-    questions = len(run.prepared.questions("train"))
-    return question_stream(questions, run.cfg.train.batch_size, run.cfg.seed, host, hosts)
+def _stream(run: Run) -> Any:
+    return question_stream(len(run.prepared.questions("train")), run.cfg.train.batch_size, run.cfg.seed)
 
 
 def _refresh(run: Run, loop: Loop, stream: Any, step: int) -> None:
     """Begins a refresh for the questions that will be read with its table."""
     assert loop.candidates is not None
     cfg = run.cfg.train
-    ahead = _stream(run, 0, 1)
+    ahead = _stream(run)
     ahead.set_state(stream.get_state())
     length = cfg.refresh_steps + cfg.refresh_delay if cfg.refresh_steps else 0
     rows = np.arange(len(loop.candidates.train_NxK))
@@ -201,13 +217,13 @@ def _refresh(run: Run, loop: Loop, stream: Any, step: int) -> None:
         rows = np.concatenate([next(ahead) for _ in range(length)])
     retriever = loop.state["params"].get("retriever", loop.frozen.get("retriever"))
     # A copy: the step donates its state, and the refresh outlives it.
-    loop.candidates.start(step, jax.tree.map(jax.numpy.copy, retriever), rows)
+    copy = jax.tree.map(jax.numpy.copy, retriever)
+    loop.candidates.start(step, own_arrays(copy, run.mesh), rows)
 
 
-def _place(run: Run, batch: Batch) -> dict[str, jax.Array]:
-    """The batch on the mesh; each host brings its own questions."""
-    placed = batch_sharding(run.mesh)
-    return {name: jax.make_array_from_process_local_data(placed, x) for name, x in batch.items()}
+def _place(run: Run, batch: Batch, held: np.ndarray) -> dict[str, jax.Array]:
+    """The batch on the mesh; each process brings its own questions."""
+    return place_batch(run.mesh, batch, held, run.cfg.train.batch_size)
 
 
 def _checkpoint(
@@ -250,9 +266,9 @@ def _dev_loss(run: Run, loop: Loop) -> float | None:
         return None
     size, losses = run.cfg.train.batch_size, []
     for first in range(0, len(table), size):
-        rows = np.arange(first, first + size) % len(table)
-        batch = assemble(run.prepared, "dev", rows, table[rows])
-        placed = {name: jax.device_put(x, batch_sharding(run.mesh)) for name, x in batch.items()}
+        rows, held = np.arange(first, first + size) % len(table), rows_held(run.mesh, size)
+        batch = assemble(run.prepared, "dev", rows[held], table[rows[held]])
+        placed = place_batch(run.mesh, batch, held, size)
         count = min(size, len(table) - first)
         losses.append(np.asarray(loop.dev(loop.state["params"], loop.frozen, placed))[:count])
     return float(np.mean(np.concatenate(losses)))
@@ -278,7 +294,7 @@ def _finish(run: Run, loop: Loop, checkpoints: Checkpoints, folder: Path) -> Non
     part = folder / ".weights.part"
     for name, tree in loop.state["params"].items():
         save_weights(part / name, tree)
-    part.rename(folder / "weights")
+    on_first(lambda: part.rename(folder / "weights"))
 
 
 @contextmanager

@@ -27,15 +27,19 @@ class ReadingLessons:
         parts = {source: (fixed_table(run, source, "train", OTHERS), OTHERS // 2) for source in ("bm25", "random")}
         self.others = mixed_table(parts, OTHERS, run.cfg.seed)
 
-    def batch(self, step: int, rows: np.ndarray) -> Batch:
-        """The batch of a step; equal for equal seed, step and rows."""
+    def batch(self, step: int, rows: np.ndarray, held: np.ndarray) -> Batch:
+        """The rows `held` of the batch of a step; equal for equal seed, step and rows.
+
+        All draws are for the whole batch, so that it does not depend on who makes which part of it.
+        """
         cfg = self.run.cfg.train.warmup
         rng = np.random.default_rng((self.run.cfg.seed, step))
         near = self._pick(rng, self.distant[rows])
         other = self._pick(rng, self.others[rows])
         table_Bx1 = np.where(rng.random(len(rows)) < self._distant_share(step), near, other)[:, None]
         batch = assemble(self.run.prepared, "train", rows, table_Bx1)
-        return rename(batch, self.answer_tokens, rng) if cfg.rename else batch
+        batch = rename(batch, self.answer_tokens, rng) if cfg.rename else batch
+        return {name: x_B[held] for name, x_B in batch.items()}
 
     def _distant_share(self, step: int) -> float:
         first, last = self.run.cfg.train.warmup.distant_share

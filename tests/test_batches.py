@@ -55,42 +55,31 @@ def text(prepared, which, ids, length):
 
 
 def test_every_epoch_visits_each_question_once_in_a_new_order():
-    stream = question_stream(10, 4, seed=3, host_index=0, host_count=1)
+    stream = question_stream(10, 4, seed=3)
     rows = np.concatenate([next(stream) for _ in range(10)]).reshape(4, 10)
     for epoch in rows:
         assert sorted(epoch.tolist()) == list(range(10))
     assert len({tuple(epoch) for epoch in rows.tolist()}) == 4
-    again = question_stream(10, 4, seed=3, host_index=0, host_count=1)
+    again = question_stream(10, 4, seed=3)
     np.testing.assert_array_equal(next(again), rows[0, :4])
-    other = question_stream(10, 4, seed=4, host_index=0, host_count=1)
+    other = question_stream(10, 4, seed=4)
     assert next(other).tolist() != rows[0, :4].tolist()
 
 
-def test_hosts_read_disjoint_slices_of_the_same_batches():
-    whole = question_stream(12, 6, 0, 0, 1)
-    parts = [question_stream(12, 6, 0, host, 3) for host in range(3)]
-    for _ in range(5):
-        pieces = [next(part) for part in parts]
-        assert [len(piece) for piece in pieces] == [2, 2, 2]
-        np.testing.assert_array_equal(np.concatenate(pieces), next(whole))
-
-
 def test_resume_is_exact():
-    stream = question_stream(7, 3, 5, 1, 3)
+    stream = question_stream(7, 3, 5)
     for _ in range(6):
         next(stream)
     state = json.loads(json.dumps(stream.get_state()))
     expected = [next(stream).tolist() for _ in range(8)]
-    resumed = question_stream(7, 3, 5, 1, 3)
+    resumed = question_stream(7, 3, 5)
     resumed.set_state(state)
     assert [next(resumed).tolist() for _ in range(8)] == expected
 
 
 def test_stream_refuses_what_cannot_be():
     with pytest.raises(ValueError, match="no questions"):
-        question_stream(0, 4, 0, 0, 1)
-    with pytest.raises(ValueError, match="batch_size=4 does not divide among 3 hosts"):
-        question_stream(9, 4, 0, 0, 3)
+        question_stream(0, 4, 0)
 
 
 # ---------------------------------------------------------------- batches

@@ -25,7 +25,7 @@ def data():
 
 
 def test_docstrings():
-    assert doctest.testmod(candidates) == (0, 4)
+    assert doctest.testmod(candidates) == (0, 5)
 
 
 @pytest.mark.parametrize("chunk", [1, 10, 2048])
@@ -36,14 +36,14 @@ def test_table_is_the_search_in_order(data, chunk, monkeypatch):
     index = ExactIndex(vectors)
     want, _ = index.search(q, 7)
     for cuts in ([], [5], [9, 10, 22]):
-        np.testing.assert_array_equal(build_table(index, np.split(q, cuts), 23, 7), want)
+        np.testing.assert_array_equal(build_table(index, np.split(q, cuts), 23, 7)[0], want)
 
 
 def test_table_is_deterministic(data):
     """A saved searcher is asked twice; training is not repeated."""
     vectors, q = data
-    index = ScannIndex.build(vectors, IndexConfig(fde_final=256, rerank=20), seed=0)
-    one, two = (build_table(index, [q], 23, 60) for _ in range(2))
+    index = ScannIndex.build([vectors], vectors, len(vectors), IndexConfig(fde_final=256, rerank=20, bits=16), seed=0)
+    one, two = (build_table(index, [q], 23, 60)[0] for _ in range(2))
     assert one.dtype == np.int32 and one.shape == (23, 60)
     np.testing.assert_array_equal(one, two)
     assert np.all(one[:, 50:] == -1) and all(sorted(row[:50]) == list(range(50)) for row in one)

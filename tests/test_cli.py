@@ -28,9 +28,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     import jmlr_jax
 
     functions = {
-        "jmlr_jax.pipeline": ("index", "train", "evaluate", "run_all"),
-        "jmlr_jax.report": ("report",),
-        "jmlr_jax.data.prepare": ("prepare",),
+        "jmlr_jax.pipeline": ("prepare_data", "index", "train", "evaluate", "write_report", "run_all"),
         "jmlr_jax.hf.convert": ("import_checkpoint",),
         "jmlr_jax.publish": ("export_run",),
     }
@@ -51,13 +49,13 @@ def test_each_command_calls_its_function(
     config = Config(run_dir=run_dir)
     for command in ("prepare", "index", "train", "eval", "report", "run"):
         assert main([command, "--run-dir", run_dir]) == 0
-    assert [c[0] for c in calls] == ["prepare", "index", "train", "evaluate", "report", "run_all"]
+    assert [c[0] for c in calls] == ["prepare_data", "index", "train", "evaluate", "write_report", "run_all"]
     prepare, index, train, evaluate, report, run_all = calls
-    assert prepare[1] == config and str(prepare[2]) == f"{run_dir}/data"
+    assert prepare[1:] == (config,)
     assert index[1:] == (config,)
     assert train[1:] == (config, "jmlr")
     assert evaluate[1:] == (config, config.eval.arms)
-    assert str(report[1]) == run_dir and report[2] == config.eval.bootstrap
+    assert report[1:] == (config,)
     assert run_all[1:] == (config, 1)
     assert capsys.readouterr().out.splitlines()[-1] == run_dir
 

@@ -9,6 +9,7 @@ from jmlr_jax.warmup import ReadingLessons, rename
 
 PIECES = ("reader_ids_BxKxL", "question_ids_BxS", "answer_ids_BxA")
 ROWS = np.arange(8)
+ALL = np.arange(len(ROWS))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,11 @@ def test_special_tokens_are_never_renamed(run, lessons):
 
 
 def test_a_lesson_depends_on_seed_step_and_rows_alone(lessons, run):
-    one, again, other = lessons.batch(3, ROWS), ReadingLessons(run).batch(3, ROWS), lessons.batch(4, ROWS)
+    one, again, other = (
+        lessons.batch(3, ROWS, ALL),
+        ReadingLessons(run).batch(3, ROWS, ALL),
+        lessons.batch(4, ROWS, ALL),
+    )
     for name in one:
         np.testing.assert_array_equal(one[name], again[name])
     assert any((one[name] != other[name]).any() for name in PIECES)
@@ -77,7 +82,7 @@ def test_the_share_of_passages_found_with_the_answer(tiny_data, tmp_path, monkey
     lessons.distant = -2 - lessons.distant
     monkeypatch.setattr(lessons, "_pick", lambda rng, table: (rng.random(), table[:, 0])[1])
     for step in range(5):
-        lessons.batch(step, rows)
+        lessons.batch(step, rows, np.arange(len(rows)))
     expected = [first + (last - first) * step / 5 for step in range(5)]
     np.testing.assert_allclose(np.mean(np.array(seen) < -1, axis=(1, 2)), expected, atol=0.1)
 
@@ -90,4 +95,4 @@ def test_a_row_without_passages_picks_none():
 
 def test_gold_passages_are_not_used(run, monkeypatch):
     monkeypatch.setattr(Prepared, "gold", lambda *_: pytest.fail("training looked at the gold passages"))
-    ReadingLessons(run).batch(0, ROWS)
+    ReadingLessons(run).batch(0, ROWS, ALL)

@@ -38,7 +38,9 @@ class Prepared:
         """Opens prepared data; raises FileNotFoundError if there is none."""
         path = Path(directory)
         if not (path / CARD).is_file():
-            raise FileNotFoundError(f"{path / CARD}: no prepared data; run `jmlr prepare` with the same configuration")
+            raise FileNotFoundError(
+                f"{path / CARD}: no prepared data; first run `jmlr prepare` with the same --config and values"
+            )
         return cls(path, json.loads((path / CARD).read_text()))
 
     def questions(self, split: str) -> Records[Question]:
@@ -156,21 +158,18 @@ def assemble(prepared: Prepared, split: str, rows_B: np.ndarray, table_BxK: np.n
     return batch
 
 
-def question_stream(n: int, batch: int, seed: int, host_index: int, host_count: int) -> grain.DatasetIterator:
-    """An endless Grain iterator of question rows, int64 [batch / host_count], the same for equal arguments.
+def question_stream(n: int, batch: int, seed: int) -> grain.DatasetIterator:
+    """An endless Grain iterator of question rows, int64 [batch], the same for equal arguments.
 
-    Every epoch visits each of the ``n`` rows once, in an order of its own; a batch may straddle two epochs. ``batch``
-    is that of all hosts together and each one gets its slice of it, so the questions of a step do not depend on the
-    number of hosts. ``get_state()`` is a small JSON-able dict; ``set_state`` continues exactly there.
+    Every epoch visits each of the ``n`` rows once, in an order of its own; a batch may straddle two epochs. Of several
+    processes each sees all rows of a batch and reads the questions that lie on its own devices, so neither the
+    questions of a step nor their places in it depend on how many there are. ``get_state()`` is a small JSON-able dict;
+    ``set_state`` continues exactly there.
 
     Raises:
-        InputError: if there is no question, or the batch does not divide among the hosts.
+        InputError: if there is no question.
     """
     if n < 1:
         raise InputError("no questions in this split")
-    if batch < 1 or batch % host_count:
-        raise InputError(f"train.batch_size={batch} does not divide among {host_count} hosts")
-    share = batch // host_count
-    mine = slice(host_index * share, (host_index + 1) * share)
-    rows = grain.MapDataset.range(n).seed(seed).shuffle().repeat().batch(batch).map(lambda all_hosts: all_hosts[mine])
+    rows = grain.MapDataset.range(n).seed(seed).shuffle().repeat().batch(batch)
     return iter(rows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

@@ -15,8 +15,10 @@ from jmlr_jax.retrieval.vectors import Searcher
 SEARCH_CHUNK = 2048  # questions searched at once: an exact index moves its corpus to the device once per search
 
 
-def build_table(index: Searcher, query_batches: Iterable[np.ndarray], questions: int, k: int) -> np.ndarray:
-    """The k best passages of every question.
+def build_table(
+    index: Searcher, query_batches: Iterable[np.ndarray], questions: int, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best passages of every question, with their scores.
 
     Args:
       index: an index over the corpus.
@@ -26,12 +28,12 @@ def build_table(index: Searcher, query_batches: Iterable[np.ndarray], questions:
       k: candidates per question.
 
     Returns:
-      int32 [N, k], -1 on the right where the corpus holds fewer.
+      int32 [N, k], -1 on the right where the corpus holds fewer, and MaxSim float32 [N, k], -inf there.
 
     Raises:
       ValueError: the pieces do not hold N questions.
     """
-    table_NxK = np.full((questions, k), -1, np.int32)
+    table_NxK, score_NxK = np.full((questions, k), -1, np.int32), np.full((questions, k), -np.inf, np.float32)
     done, waiting = 0, 0
     pieces: list[np.ndarray] = []
 
@@ -40,7 +42,8 @@ def build_table(index: Searcher, query_batches: Iterable[np.ndarray], questions:
         if pieces:
             if done + waiting > questions:
                 raise ValueError(f"more than {questions} encoded questions for a table of {questions} rows")
-            table_NxK[done : done + waiting], _ = index.search(np.concatenate(pieces), k)
+            where = slice(done, done + waiting)
+            table_NxK[where], score_NxK[where] = index.search(np.concatenate(pieces), k)
             done, waiting = done + waiting, 0
             pieces.clear()
 
@@ -52,7 +55,21 @@ def build_table(index: Searcher, query_batches: Iterable[np.ndarray], questions:
     flush()
     if done != questions:
         raise ValueError(f"{done} encoded questions for a table of {questions} rows")
-    return table_NxK
+    return table_NxK, score_NxK
+
+
+def merged_table(table_SxNxK: np.ndarray, score_SxNxK: np.ndarray) -> np.ndarray:
+    """The K best passages of every question from the tables of S shares of a corpus, int32 [N, K].
+
+    Of equal scores the earlier row comes first, as in a search of the whole corpus.
+
+    >>> merged_table(np.array([[[4, 0]], [[9, -1]]]), np.array([[[0.5, 0.1]], [[0.3, -np.inf]]])).tolist()
+    [[4, 9]]
+    """
+    _, questions, k = table_SxNxK.shape
+    table, score = (np.swapaxes(x, 0, 1).reshape(questions, -1) for x in (table_SxNxK, score_SxNxK))
+    best_NxK = np.lexsort((table, -score))[:, :k]
+    return np.take_along_axis(table, best_NxK, axis=1).astype(np.int32)
 
 
 def random_table(questions: int, passages: int, k: int, seed: int) -> np.ndarray:
