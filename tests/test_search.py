@@ -1,0 +1,143 @@
+"""`jmlr search`: a run's own retriever asked in words."""
+
+import doctest
+
+import jax
+import numpy as np
+import pytest
+from runs import one_device, open_run
+
+from jmlr_jax import cli, pipeline
+from jmlr_jax import search as module
+from jmlr_jax.retrieval.fusion import reciprocal_rank
+from jmlr_jax.retrieval.store import IndexUnusable
+from jmlr_jax.search import Engine, SearchError, matches, read_questions, shown
+
+
+@pytest.fixture(scope="module")
+def patch():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        one_device(monkeypatch)
+        yield monkeypatch
+
+
+@pytest.fixture(scope="module")
+def run(tiny_data, tmp_path_factory, patch):
+    run = open_run(tiny_data, tmp_path_factory.mktemp("search"))
+    with pytest.raises(IndexUnusable, match="jmlr index"):
+        Engine(run)
+    pipeline.index(run.cfg)
+    return run
+
+
+@pytest.fixture(scope="module")
+def engine(run):
+    with jax.set_mesh(run.mesh):
+        yield Engine(run)
+
+
+def test_docstrings():
+    assert doctest.testmod(module) == (0, 2)
+
+
+def test_a_question_finds_what_its_prepared_row_finds(engine):
+    """The same tokens as `jmlr prepare` writes, the same vectors, the same passages."""
+    prepared = engine.run.prepared
+    asked = [prepared.questions("test")[row].question for row in range(4)]
+    q, length = engine.vectors(asked)
+    ids, lengths = prepared.query_tokens("test", np.arange(4))
+    np.testing.assert_array_equal(length, lengths)
+    from jmlr_jax.nn.functional import encode_queries
+
+    want = encode_queries(engine.retriever, engine.run.retriever, ids, lengths)
+    np.testing.assert_allclose(q, np.asarray(want, np.float32), atol=1e-5)
+    rows, scores = engine.search(asked, 3)
+    for got, wanted in zip((rows, scores), engine.index.search(q, 3), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    np.testing.assert_array_equal(engine.search(asked[1:2], 3)[0], rows[1:2])
+
+
+def test_only_passages_of_the_sources_asked_for(engine, monkeypatch):
+    count = len(engine.run.prepared.passages)
+    monkeypatch.setattr(Engine, "sources", np.array(["CDC", "NIH"])[np.arange(count) % 2])
+    for hybrid in (False, True):
+        rows, _ = engine.search(["which medicine helps"], count, ["NIH"], hybrid)
+        found = rows[rows >= 0]
+        assert (found % 2 == 1).all() and len(found) >= count // 2 - 1
+    with pytest.raises(SearchError, match="--source WHO.*there are CDC, NIH"):
+        engine.search(["x"], 3, ["WHO"])
+
+
+def test_hybrid_is_the_fusion_of_both_rankings(engine):
+    texts = [engine.run.prepared.questions("dev")[row].question for row in range(3)]
+    rows, _ = engine.search(texts, 5, hybrid=True)
+    alone, words = engine.search(texts, 100)[0], engine.lexical.search(texts, 100)[0]
+    np.testing.assert_array_equal(rows, reciprocal_rank({"maxsim": alone, "bm25": words}, 5)[0])
+
+
+def test_marked_words_are_those_that_made_the_score(engine):
+    question = engine.run.prepared.questions("test")[0].question
+    rows, scores = engine.search([question], 3)
+    found = engine.found(question, rows[0], scores[0])
+    assert [one.row for one in found] == rows[0].tolist()
+    for one in found:
+        assert 0 < len(one.spans) <= module.SHOWN_MATCHES
+        starts = [span.start for span in one.spans]
+        assert starts == sorted(starts) and all(one.text[span.start : span.end].strip() for span in one.spans)
+        assert one.text == engine.prompts.retrieved(engine.run.prepared.passages[one.row])
+    text = shown(found)
+    assert found[0].id in text.plain and found[0].text in text.plain
+    marked = {text.plain[s.start : s.end] for s in text.spans if "reverse" in str(s.style)}
+    assert marked == {one.text[span.start : span.end] for one in found for span in one.spans}
+    assert engine.found(question, np.full(3, -1), np.full(3, -np.inf)) == []
+
+
+def test_matches_add_up_to_maxsim():
+    rng = np.random.default_rng(0)
+    q, p, keep = rng.normal(size=(5, 8)), rng.normal(size=(9, 8)), np.arange(9) < 6
+    weight = matches(q, p, keep)
+    assert weight.sum() == pytest.approx((q @ p[:6].T).max(1).sum()) and (weight[6:] == 0).all()
+    assert (matches(q, p, np.zeros(9, bool)) == 0).all()
+
+
+def test_command_line(run, patch, tmp_path, capsys):
+    where = ["--run-dir", str(run.directory)]
+    question = run.prepared.questions("test")[0].question
+    assert cli.main(["search", question, *where, "--k", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("1. ") and "\n2. " in out and "\n3. " not in out
+    questions = tmp_path / "questions.tsv"
+    questions.write_text(f"q1\t{question}\n\nq2\tnephritis of the heart\n")
+    assert cli.main(["search", f"@{questions}", *where, "--k", "4", "--hybrid", "--trec", str(tmp_path / "run")]) == 0
+    lines = [line.split() for line in (tmp_path / "run").read_text().splitlines()]
+    assert len(lines) == 8 and {line[0] for line in lines} == {"q1", "q2"} and lines[0][5] == "hybrid"
+    ids = {passage.id for passage in run.prepared.passages}
+    assert all(line[2] in ids for line in lines)
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        (["@{}"], "--trec FILE"),
+        (["@{}/no"], "cannot be read"),
+        (["  "], "empty question"),
+        (["x", "--arm", "jmlr"], ""),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(run, patch, tmp_path, capsys, asked, said):
+    (tmp_path / "q.tsv").write_text("q1\tx\n")
+    asked = [word.format(tmp_path / "q.tsv") for word in asked]
+    assert cli.main(["search", *asked, "--run-dir", str(run.directory)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_files_of_questions(tmp_path):
+    file = tmp_path / "q.tsv"
+    file.write_text("a\tone two\n b \tthree\n")
+    assert read_questions(file) == (["a", "b"], ["one two", "three"])
+    file.write_text("a\tone\nno tab here\n")
+    with pytest.raises(SearchError, match=r"q.tsv:2: expected an id, a tab"):
+        read_questions(file)
+    file.write_text("\n")
+    with pytest.raises(SearchError, match="no questions"):
+        read_questions(file)
