@@ -86,9 +86,9 @@ def setting(tmp_path_factory):
 @pytest.fixture(scope="module")
 def result(setting):
     cfg, prepared, reader, table = setting
-    before = evaluate._evaluate_batch._cache_size()
+    before = evaluate.evaluate_batch._cache_size()
     found = evaluate_arm("jmlr", reader, prepared, "test", table, cfg)
-    assert evaluate._evaluate_batch._cache_size() - before == 1  # two batches, the second filled up
+    assert evaluate.evaluate_batch._cache_size() - before == 1  # two batches, the second filled up
     return found
 
 
