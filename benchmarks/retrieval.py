@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--single", type=int, default=50, help="questions asked one at a time")
     parser.add_argument("--exact", type=int, default=16, help="questions of the exact search, in its one batch")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("index", nargs="*", help="overrides of the index: fde_final=1024 recall=0.97")
+    parser.add_argument("index", nargs="*", help="overrides of the index: directions=256 recall=0.97")
     args = parser.parse_args()
     world = World(args.cache, args.parts)
     questions = world.q("medquad")[TUNING : TUNING + args.batch]

@@ -157,8 +157,8 @@ def sizing(points: list[dict[str, Any]], hosts: tuple[int, ...] = (1, 8, 32)) ->
     seconds = np.array([point["build_seconds"] for point in points])
     slope, offset = np.polyfit(n, seconds, 1) if len(n) > 1 else (seconds[0] / n[0], 0.0)
     lines = [
-        f"model: {per_passage:.0f} tokens a passage at {code:.0f} bytes; ScaNN {cfg.fde_final // 4} bytes a passage,",
-        f"twice with a tree; {4 * cfg.fde_final} bytes a passage of encodings while building;",
+        f"model: {per_passage:.0f} tokens a passage at {code:.0f} bytes; ScaNN {cfg.directions // 4} bytes a passage,",
+        f"twice with a tree; {4 * cfg.directions} bytes a passage of encodings while building;",
         f"seconds = {max(0.0, offset):.0f} + {1000 * slope:.2f} ms a passage here, the model's own encoding not in it",
         "",
         "| passages | on disk | memory to search | memory to build | build | "
@@ -168,9 +168,9 @@ def sizing(points: list[dict[str, Any]], hosts: tuple[int, ...] = (1, 8, 32)) ->
     ]
     for passages in (100_000, 1_000_000, 24_000_000):
         tokens = passages * per_passage * code + 8 * passages
-        scann = passages * cfg.fde_final / 4 * (2 if settings(passages).leaves else 1)
+        scann = passages * cfg.directions / 4 * (2 if settings(passages).leaves else 1)
         disk = tokens + scann + 24 * passages
-        building = disk + 4 * cfg.fde_final * passages
+        building = disk + 4 * cfg.directions * passages
         share = [f"{disk / h / GIB:.1f} GiB, {(offset / h + slope * passages / h) / 3600:.1f} h" for h in hosts[1:]]
         lines.append(
             f"| {passages:,} | {disk / GIB:.1f} GiB | {(scann + 32 * passages) / GIB:.1f} GiB and page cache | "
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--png", type=Path)
     parser.add_argument("--size", type=Path, metavar="JSON", help="print the sizing table of an earlier run")
     parser.add_argument("--one", action="store_true", help="measure one size here and print it")
-    parser.add_argument("index", nargs="*", help="overrides of the index: fde_final=1024")
+    parser.add_argument("index", nargs="*", help="overrides of the index: directions=256")
     args = parser.parse_args()
     overrides = dict(pair.split("=", 1) for pair in args.index)
     if args.size:

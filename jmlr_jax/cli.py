@@ -111,6 +111,8 @@ def _act(command: _Command, args: argparse.Namespace, rest: list[str]) -> int:
 def _configuration(args: argparse.Namespace, overrides: list[str]) -> Config:
     """The configuration asked for: that of ``--config``, else the one saved in ``--run-dir``, else the defaults."""
     source: str | None = args.config
+    if getattr(args, "recall", None) is not None:
+        overrides = [*overrides, f"index.recall={args.recall}"]
     if args.run_dir is not None:
         overrides = [*overrides, f"run_dir={args.run_dir}"]
         saved = os.path.join(args.run_dir, config_io.RESOLVED_NAME)
@@ -133,6 +135,14 @@ def _index(config: Config, args: argparse.Namespace) -> None:
     from jmlr_jax import pipeline
 
     pipeline.index(config)
+
+
+def _search(config: Config, args: argparse.Namespace) -> None:
+    from jmlr_jax import search
+
+    search.run_search(
+        config, args.query, name=args.arm, k=args.k, sources=args.source, hybrid=args.hybrid, trec=args.trec
+    )
 
 
 def _train(config: Config, args: argparse.Namespace) -> None:
@@ -177,6 +187,15 @@ def _export(config: Config, args: argparse.Namespace) -> None:
     print(args.dst)
 
 
+def _plan(config: Config, args: argparse.Namespace) -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # what is asked is the compiler; a TPU that is there is left alone
+    from jmlr_jax import plan_report
+
+    plan_report.run(config, args.topology, args.search, args.json)
+
+
 def _print_config(config: Config, args: argparse.Namespace) -> None:
     if not args.fields:
         print(config_io.to_yaml(config), end="")
@@ -199,6 +218,12 @@ COMMANDS = {
     "run": _Command(
         _run, "all of the above, for one seed or several", "jmlr run --seeds 3 --run-dir runs/a", together=True
     ),
+    "search": _Command(
+        _search,
+        "ask the index of a run; @FILE with lines `id<TAB>question` for a TREC run file",
+        'jmlr search "What helps against gout?" --run-dir runs/a --hybrid',
+        places=("QUERY",),
+    ),
     "import": _Command(
         _import,
         "check a published checkpoint and write it for training",
@@ -211,6 +236,11 @@ COMMANDS = {
         "write a trained pair for other tools, with a model card",
         "jmlr export runs/a exported/a",
         places=("RUN", "DST"),
+    ),
+    "plan": _Command(
+        _plan,
+        "compile for a TPU slice without one: does it fit, how fast, at what cost (needs the extra `plan`)",
+        "jmlr plan --config jmlr_7b_v5e16 --topology v5e:8x8 train.batch_size=64",
     ),
     "print-config": _Command(
         _print_config, "show the configuration that a command would use", "jmlr print-config --config smoke"
@@ -264,6 +294,18 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--arm", choices=(*ARMS, "all"), default="jmlr", help="default: jmlr; all: eval.arms")
         elif name == "eval":
             sub.add_argument("--arm", choices=(*ARMS, "all"), default="all", help="default: all (eval.arms)")
+        elif name == "index":
+            sub.add_argument("--recall", type=float, metavar="SHARE", help="to tune to; short for index.recall=SHARE")
+        elif name == "search":
+            sub.add_argument(
+                "--arm", default="initial", metavar="NAME", help="whose retriever: a trained phase; default: initial"
+            )
+            sub.add_argument("--k", type=_positive, default=5, help="passages; default: 5")
+            sub.add_argument(
+                "--source", action="append", default=[], metavar="NAME", help="only from there; may be given repeatedly"
+            )
+            sub.add_argument("--hybrid", action="store_true", help="fuse with BM25 by reciprocal rank")
+            sub.add_argument("--trec", metavar="FILE", help="write a TREC run file")
         elif name == "run":
             sub.add_argument("--seeds", type=_positive, default=1, metavar="N", help="runs seeds 0 to N-1; default: 1")
         elif name == "export":
@@ -276,6 +318,10 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--add-token", action="append", default=[], metavar="TOKEN", help="may be given repeatedly"
             )
+        elif name == "plan":
+            sub.add_argument("--topology", metavar="SLICE", help="e.g. v5e:4x4; default: mesh.topology")
+            sub.add_argument("--search", action="store_true", help="compile every mesh and number of microbatches")
+            sub.add_argument("--json", metavar="FILE", help="write the plan (with --search the fastest that fits)")
         elif name == "print-config":
             sub.add_argument("--fields", action="store_true", help="every key with its default and description")
     return parser

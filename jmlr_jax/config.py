@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 DType = Literal["float32", "bfloat16", "float16"]
+Remat = Literal["none", "full", "attention", "mlp", "dots"]
 Share = Annotated[float, Field(ge=0, le=1)]
 ArmName = Literal["jmlr", "frozen", "separate", "bm25", "random", "closed_book"]
 
@@ -58,7 +59,11 @@ class LlamaConfig(Strict):
     sliding_window: PositiveInt | None = Field(None, description="Mistral: keys further back are masked")
     dtype: DType = Field("float32", description="of activations and matrix products")
     param_dtype: DType = Field("float32", description="of stored weights")
-    remat: Literal["none", "full", "dots"] = Field("none", description="what the backward pass recomputes")
+    remat: Remat = Field(
+        "none",
+        description="full: the backward pass recomputes each layer; attention, mlp, dots: the products of that part, "
+        "or of both, stay in memory; none: all does",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> LlamaConfig:
@@ -83,7 +88,7 @@ class BertConfig(Strict):
     hidden_act: Literal["gelu", "gelu_new", "relu"] = "gelu"
     dtype: DType = "float32"
     param_dtype: DType = "float32"
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Remat = "none"
 
     @model_validator(mode="after")
     def _check(self) -> BertConfig:
@@ -118,6 +123,9 @@ class LoraConfig(Strict):
     alpha: float = 256.0
     dropout: float = Field(0.05, ge=0, lt=1)
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down", "lm_head")
+    whole: tuple[str, ...] = Field(
+        (), description="weights of the base that train entirely, by name: embed, attn_norm, mlp_norm, final_norm, ..."
+    )
 
 
 class GeneratorConfig(Strict):
@@ -192,12 +200,15 @@ class IndexConfig(Strict):
         description="share of the exact best that must be found: the fewest hits that do are scored; null: `rerank`",
     )
     bits: float = Field(
-        2.0, gt=0, le=16, description="of stored token vectors, per dimension; 16: float16, no code; else at most 8"
+        3.0, gt=0, le=16, description="of stored token vectors, per dimension; 16: float16, no code; else at most 8"
     )
     fde_repetitions: PositiveInt = 20
-    fde_simhash_bits: PositiveInt = 5
+    fde_simhash_bits: PositiveInt = 6
     fde_projection: PositiveInt = Field(16, description="width of each projected block")
-    fde_final: PositiveInt = Field(2048, description="width of the final projection")
+    fde_final: PositiveInt = Field(20480, description="width of the random final projection; 20480 is all of the above")
+    directions: PositiveInt = Field(
+        256, description="main directions of the encodings, learned from a sample, that ScaNN searches"
+    )
     oracle_queries: PositiveInt = Field(200, description="queries on which recall against the oracle is measured")
 
     @model_validator(mode="after")
@@ -309,6 +320,7 @@ class MeshConfig(Strict):
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    topology: str | None = Field(None, description="slice that `jmlr plan` compiles for, in chips, e.g. v5e:4x4")
 
 
 class Config(Strict):

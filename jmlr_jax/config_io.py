@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -58,6 +59,9 @@ EXPECTED = {  # in the reader's words, by pydantic's name of the error
 }
 
 
+EXTENDS = "extends"  # the one key of a preset that is not the schema's
+
+
 class ConfigError(JmlrError):
     """A configuration that cannot be used: one line for each problem."""
 
@@ -88,7 +92,8 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
     tree = Config().model_dump()
     places: dict[str, str] = {}
     if path is not None:
-        _merge(tree, _read_preset(_find_preset(path), places))
+        for preset in _with_bases(path):
+            _merge(tree, _read_preset(preset, places))
     for override in overrides:
         key, value = _parse_override(override)
         places[key] = COMMAND_LINE
@@ -173,6 +178,20 @@ def _find_preset(path: str) -> epath.Path:
     raise ConfigError(f"{path}: no such file, and no preset of that name{hint} (presets: {', '.join(known) or 'none'})")
 
 
+def _with_bases(path: str) -> list[epath.Path]:
+    """The preset's file after those it extends: ``extends: NAME`` lays it over another preset."""
+    files = [_find_preset(path)]
+    while True:
+        text = files[0].read_bytes().decode(errors="replace")  # what is not text is told when the file is read
+        base = re.search(rf"^{EXTENDS}:[ \t]*([^\s#]+)", text, re.MULTILINE)
+        if base is None:
+            return files
+        found = _find_preset(base[1])
+        if found in files:
+            raise ConfigError(f"{files[0]}: {EXTENDS}: {base[1]} extends this preset itself")
+        files.insert(0, found)
+
+
 def _read_preset(file: epath.Path, places: dict[str, str]) -> dict[str, Any]:
     """The file's tree; fills ``places`` with ``file:line`` for each dotted key in it."""
     try:
@@ -186,6 +205,7 @@ def _read_preset(file: epath.Path, places: dict[str, str]) -> dict[str, Any]:
         if problems:
             raise ConfigError("\n".join(problems))
         tree: dict[str, Any] = yaml.safe_load(text)
+        tree.pop(EXTENDS, None)
         return tree
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -207,6 +227,8 @@ def _walk_nodes(
             yield f"{place}: {key}: given twice, first in line {seen[name]}"
         seen[name] = line
         places[key] = place
+        if key == EXTENDS:
+            continue
         if name not in model.model_fields:
             yield _unknown(key, place)
             continue

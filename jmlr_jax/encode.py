@@ -32,7 +32,7 @@ EncodeQueries = Callable[..., Array]  # (params, cfg, ids_bxQ, length_b) -> q_bx
 
 # The encoder and its configuration are static: every refresh of a run finds the first one's compilation.
 @partial(jax.jit, static_argnames=("encode", "cfg", "everywhere"))
-def _passages(
+def encode_batch(
     params: Params,
     ids: Array,
     length: Array,
@@ -42,6 +42,7 @@ def _passages(
     cfg: RetrieverConfig,
     everywhere: NamedSharding | None,
 ) -> tuple[Array, Array]:
+    """Token vectors of one batch of passages, p_bxPxC float16 and keep_bxP bool: the program that encodes a corpus."""
     p_bxPxC, keep_bxP = encode(params, cfg, ids, length, skip_V)
     return _replicate((p_bxPxC.astype(jnp.float16), keep_bxP), everywhere)
 
@@ -124,7 +125,7 @@ def encode_pieces(
 
     Arguments as :func:`encode_corpus`; no rows, no pieces.
     """
-    run = partial(_passages, params, encode=encode, cfg=cfg, everywhere=_everywhere(mesh))
+    run = partial(encode_batch, params, encode=encode, cfg=cfg, everywhere=_everywhere(mesh))
     bar = "encoding passages" if progress else None
 
     def one(ids: Array, length: Array) -> tuple[Array, Array]:

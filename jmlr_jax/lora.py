@@ -2,6 +2,10 @@
 
 The adapter of a projection w [in, out] is a [in, rank] and b [rank, out]; it adds ``alpha / rank * x a b``. The base
 stays outside the gradients: train the tree of :func:`init_lora` and pass ``bind(tree, ...)`` to the model.
+
+``lora.whole`` names weights that train entirely beside the adapters (norms, the embedding). Of these the tree holds the
+difference from the base, in float32 and zero at the start: small updates are not lost in a bfloat16 base, and decay
+draws them to the base, not to zero. :func:`complete` adds them to the base.
 """
 
 from __future__ import annotations
@@ -25,10 +29,12 @@ def init_lora(cfg: LoraConfig, llama: LlamaConfig, key: jax.Array) -> Params:
     """Adapters that change nothing yet: a normal with variance 1 / in, b zero; both float32.
 
     Returns:
-        ``{"layers": {target: {"a": [layers, in..., rank], "b": [layers, rank, out...]}}, "lm_head": {"a", "b"}}``.
+        ``{"layers": {target: {"a": [layers, in..., rank], "b": [layers, rank, out...]}}, "lm_head": {"a", "b"}}`` and,
+        with ``cfg.whole``, ``"whole"``: differences from the base weights of these names, placed as in the base.
 
     Raises:
-        ValueError: a target that this decoder has no projection for, or one named twice.
+        ValueError: a target that this decoder has no projection for, a weight to train whole that it does not have, or
+            a name given twice.
     """
     shapes = abstract_lora(cfg, llama)
 
@@ -45,6 +51,8 @@ def init_lora(cfg: LoraConfig, llama: LlamaConfig, key: jax.Array) -> Params:
     tree: Params = {"layers": {name: one(name, shape, True) for name, shape in shapes["layers"].items()}}
     if "lm_head" in shapes:
         tree["lm_head"] = one("lm_head", shapes["lm_head"], False)
+    if "whole" in shapes:
+        tree["whole"] = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes["whole"])
     return tree
 
 
@@ -56,7 +64,10 @@ def abstract_lora(cfg: LoraConfig, llama: LlamaConfig) -> Params:
         shapes = {"a": (*lead, *inner, cfg.rank), "b": (*lead, cfg.rank, *outer)}
         return {k: jax.ShapeDtypeStruct(shape, jnp.float32) for k, shape in shapes.items()}
 
-    return _map_targets(cfg, llama, abstract_params(llama), pair)
+    def difference(base: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(base.shape, jnp.float32)
+
+    return _map_targets(cfg, abstract_params(llama), pair, difference)
 
 
 def lora_axes(cfg: LoraConfig, llama: LlamaConfig) -> Params:
@@ -66,7 +77,7 @@ def lora_axes(cfg: LoraConfig, llama: LlamaConfig) -> Params:
         lead, inner, outer = _split(name, base, layered)
         return {"a": (*lead, *inner, "rank"), "b": (*lead, "rank", *outer)}
 
-    return _map_targets(cfg, llama, logical_axes(llama), pair)
+    return _map_targets(cfg, logical_axes(llama), pair, lambda base: base)
 
 
 def bind(tree: Params, cfg: LoraConfig, key: jax.Array | None = None) -> Adapters:
@@ -74,9 +85,17 @@ def bind(tree: Params, cfg: LoraConfig, key: jax.Array | None = None) -> Adapter
     return Adapters(tree=tree, key=key, scale=cfg.alpha / cfg.rank, dropout=cfg.dropout)
 
 
+def complete(params: Params, tree: Params) -> Params:
+    """The base with what trains whole (``tree["whole"]``) added to it; these weights become float32."""
+    whole = tree.get("whole", {})
+    layers = {name: params["layers"][name] + change for name, change in whole.get("layers", {}).items()}
+    rest = {name: params[name] + change for name, change in whole.items() if name != "layers"}
+    return params | rest | {"layers": params["layers"] | layers}
+
+
 @partial(jax.jit, static_argnums=2)
 def merge(params: Params, tree: Params, cfg: LoraConfig) -> Params:
-    """Decoder weights with the adapters added to them, computed in float32, in each weight's own dtype.
+    """Decoder weights with adapters and what trains whole added, computed in float32, in each weight's own dtype.
 
     Raises:
         ValueError: an adapter whose weight is not in `params`.
@@ -90,11 +109,12 @@ def merge(params: Params, tree: Params, cfg: LoraConfig) -> Params:
         return (w.astype(jnp.float32) + cfg.alpha / cfg.rank * delta).astype(w.dtype)
 
     adapters = tree.get("layers", {})
-    lost = sorted(adapters.keys() - params["layers"].keys()) + sorted(tree.keys() - {"layers"} - params.keys())
+    lost = sorted(adapters.keys() - params["layers"].keys()) + sorted(tree.keys() - {"layers", "whole"} - params.keys())
     if lost:
         raise ValueError(f"adapters {', '.join(lost)} have no weight to merge into")
     layers = {name: add(name, params["layers"][name], adapter, True) for name, adapter in adapters.items()}
-    merged = params | {"layers": params["layers"] | layers}
+    merged = jax.tree.map(lambda new, old: new.astype(old.dtype), complete(params, tree), params)
+    merged |= {"layers": merged["layers"] | layers}
     if "lm_head" in tree:
         merged["lm_head"] = add("lm_head", params["lm_head"], tree["lm_head"], False)
     return merged
@@ -107,17 +127,27 @@ def _split(name: str, axes: tuple[Any, ...], layered: bool) -> tuple[tuple[Any, 
     return axes[:lead], axes[lead:inner], axes[inner:]
 
 
-def _map_targets(cfg: LoraConfig, llama: LlamaConfig, base: Params, pair: Callable[[str, Any, bool], Params]) -> Params:
-    """The adapter tree made by ``pair(target, entry of the base tree, is it stacked)``."""
-    doubled = sorted({name for name in cfg.targets if cfg.targets.count(name) > 1})
+def _map_targets(
+    cfg: LoraConfig, base: Params, pair: Callable[[str, Any, bool], Params], difference: Callable[[Any], Any]
+) -> Params:
+    """The adapter tree made by ``pair(target, entry of the base tree, is it stacked)`` and ``difference(entry)``."""
+    named = (*cfg.targets, *cfg.whole)
+    doubled = sorted({name for name in named if named.count(name) > 1})
     if doubled:
-        raise ValueError(f"lora.targets names {', '.join(doubled)} twice")
+        raise ValueError(f"lora.targets and lora.whole together name {', '.join(doubled)} twice")
     present = [name for name in TARGETS if name in base["layers"] or name in base]
     for name in cfg.targets:
         if name not in present:
             tied = " (the head is tied to the embedding: llama.tie_embeddings)" if name == "lm_head" else ""
             raise ValueError(f"lora.targets: {name!r} matches no projection{tied}; there are {', '.join(present)}")
+    weights = sorted({*base["layers"], *base} - {"layers"})
+    for name in cfg.whole:
+        if name not in weights:
+            raise ValueError(f"lora.whole: {name!r} matches no weight; there are {', '.join(weights)}")
     tree: Params = {"layers": {n: pair(n, base["layers"][n], True) for n in cfg.targets if n != "lm_head"}}
     if "lm_head" in cfg.targets:
         tree["lm_head"] = pair("lm_head", base["lm_head"], False)
+    if cfg.whole:
+        tree["whole"] = {n: difference(base[n]) for n in cfg.whole if n in base}
+        tree["whole"]["layers"] = {n: difference(base["layers"][n]) for n in cfg.whole if n in base["layers"]}
     return tree

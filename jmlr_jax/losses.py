@@ -61,10 +61,10 @@ def llm_rank_loss(score_BxM: Array, nll_BxM: Array, taken_BxM: Array, margin: fl
     """LLM-Rank, the paper's loss (METHOD step 5): pairwise logistic loss against the generator's order.
 
     For each pair i < j of taken passages the logit is ``s_i - s_j`` and the label says whether passage i has
-    the lower nll. Pairs with equal nll carry no weight; the mean is over the others. Every pair weighs the same, however
-    small its difference, so where most passages are equally useless the noise among them outvotes the few pairs that
-    matter: with a margin, pairs that differ by no more add nothing. They stay in the mean, or a question with one
-    pair above the noise would weigh as much as one with many.
+    the lower nll. Pairs with equal nll carry no weight; the mean is over the others. Every pair weighs the same,
+    however small its difference, so where most passages are equally useless the noise among them outvotes the few
+    pairs that matter: with a margin, pairs that differ by no more add nothing. They stay in the mean, or a question
+    with one pair above the noise would weigh as much as one with many.
 
     Args:
       score_BxM: normalised scores in [-1, 1]; the only argument with a gradient.

@@ -110,7 +110,7 @@ def _evaluate(run: Run, arm: str) -> None:
     weights["generator"] = load_weights(_weights(run, arm) / "generator", run.abstract(("generator",))["generator"])
     adapters = cfg.generator.lora
     reader = Reader(
-        params=weights["generator"] if adapters is None else weights["base"],
+        params=weights["generator"] if adapters is None else lora.complete(weights["base"], weights["generator"]),
         cfg=run.llama,
         decode=_decoder(run),
         adapters=None if adapters is None else lora.bind(weights["generator"], adapters),

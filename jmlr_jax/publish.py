@@ -99,7 +99,9 @@ def _write_generator(run: Run, folder: epath.Path, trained: Any, console: Consol
     )
     written = {"generator"}
     if lora is not None and like is not None:
-        if prepared.generator_ids.vocab_size > like["vocab_size"]:
+        if lora.cfg.whole:
+            console.print(f"adapters are left out: generator.lora.whole={list(lora.cfg.whole)} changes the base itself")
+        elif prepared.generator_ids.vocab_size > like["vocab_size"]:
             console.print(
                 f"adapters are left out: the tokenizer has {prepared.generator_ids.vocab_size} tokens, more than the "
                 f"{like['vocab_size']} rows of {cfg.source}; `jmlr import` can add rows to a base before training"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -45,6 +46,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "token_types": None,
     "token_vector": None,
 }
+
+# Axes that take what no other dimension of their array lies on, if their size divides: half of each adapter has no
+# other dimension over `fsdp` and would stand whole on every device, with its moments.
+SPARE = {"rank": "fsdp"}
 
 
 class ShardingError(JmlrError, ValueError):
@@ -130,9 +135,18 @@ def shardings(mesh: Mesh, logical_tree: Any, abstract_tree: Any) -> Any:
                     f"{where}: dimension {dim} ({axis!r}) has size {size}, which {over} does not divide; "
                     f"choose mesh sizes that divide {size}"
                 )
-        return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, _with_spare(spec, axes, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(one, abstract_tree, logical_tree)
+
+
+def _with_spare(spec: PartitionSpec, axes: Sequence[str], shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    taken = {name for entry in spec for name in _names(entry)}
+    for dim, axis in enumerate(axes):
+        free = SPARE.get(axis)
+        if free is not None and free not in taken and shape[dim] % mesh.shape[free] == 0:
+            return PartitionSpec(*spec[:dim], free, *spec[dim + 1 :])
+    return spec
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -165,6 +179,39 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def gather(weight: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """A weight made whole along ``fsdp`` for the product ahead; its gradient is cut along ``fsdp`` again.
+
+    Said outright because the compiler, left alone, cuts such a product into a ring of partial products, each of which
+    reads and writes all the sums: three times the work's time on a TPU v5e. A gather runs beside other work instead.
+
+    Args:
+        axes: logical names of its dimensions.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return weight
+    return _gather(axes, weight)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather(axes: tuple[str, ...], weight: jax.Array) -> jax.Array:
+    spec = partition_spec(axes, f"weight of shape {weight.shape}")
+    return jax.lax.with_sharding_constraint(weight, PartitionSpec(*(None if e == "fsdp" else e for e in spec)))
+
+
+def _gather_fwd(axes: tuple[str, ...], weight: jax.Array) -> tuple[jax.Array, None]:
+    return _gather(axes, weight), None
+
+
+def _gather_bwd(axes: tuple[str, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    spec = partition_spec(axes, f"gradient of shape {gradient.shape}")
+    spec = _with_spare(spec, axes, gradient.shape, jax.sharding.get_abstract_mesh())
+    return (jax.lax.with_sharding_constraint(gradient, spec),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def replicated_report(tree: Any, threshold_bytes: int) -> list[tuple[str, int]]:

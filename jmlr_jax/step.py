@@ -7,7 +7,7 @@ together, accumulates over microbatches of questions and applies one update to b
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -59,6 +59,7 @@ class StepSpec:
     passages: int
 
 
+@jax.named_scope("encode")  # the names of the parts in profiles and plans
 def candidate_scores(spec: StepSpec, weights: Weights, batch: Batch) -> Array:
     """METHOD steps 1 and 2: normalised MaxSim of the live retriever, ``score_BxK`` float32 in [-1, 1]."""
     B, K, P = batch["passage_ids_BxKxP"].shape
@@ -76,6 +77,7 @@ def choose(batch: Batch, index_BxN: Array, taken_BxN: Array) -> Batch:
     return batch | {"reader_ids_BxKxL": ids_BxNxL, "reader_len_BxK": length_BxN}
 
 
+@jax.named_scope("read")
 def answer_losses(
     spec: StepSpec, weights: Weights, batch: Batch, dropout_key: Array | None
 ) -> tuple[Array, dict[str, Array]]:
@@ -91,7 +93,8 @@ def answer_losses(
     """
     base, adapters = weights["generator"], None
     if spec.lora is not None:
-        base, adapters = weights["base"], lora.bind(weights["generator"], spec.lora, dropout_key)
+        base = lora.complete(weights["base"], weights["generator"])
+        adapters = lora.bind(weights["generator"], spec.lora, dropout_key)
     answer_BxA, answer_len_B = batch["answer_ids_BxA"], batch["answer_len_B"]
     _, K, L = batch["reader_ids_BxKxL"].shape
     total = min(spec.max_length, 1 + K * L + batch["question_ids_BxS"].shape[1] + answer_BxA.shape[1])
@@ -106,14 +109,22 @@ def answer_losses(
     return nll_B, {"tokens": jnp.sum(length_B), "dropped": jnp.sum(dropped_B)}
 
 
+@jax.named_scope("judge")
 def judge(spec: StepSpec, weights: Weights, batch: Batch, index_BxM: Array, taken_BxM: Array) -> Array:
-    """METHOD step 4: answer loss ``nll_BxM`` after each sampled passage alone. No gradient, dropout off."""
+    """METHOD step 4: answer loss ``nll_BxM`` after each sampled passage alone. No gradient, dropout off.
+
+    Adapters are added to the base first, once for all B x M prompts: without gradient and dropout that is the same, and
+    it saves their products and a pass over the activations for each.
+    """
     B, M = index_BxM.shape
+    weights = jax.lax.stop_gradient(weights)
+    if spec.lora is not None:
+        weights = {"generator": lora.merge(weights["base"], weights["generator"], spec.lora)}
     chosen = choose(batch, index_BxM, taken_BxM)
     alone = {name: jnp.repeat(batch[name], M, axis=0) for name in QUESTION_KEYS}
     alone["reader_ids_BxKxL"] = chosen["reader_ids_BxKxL"].reshape(B * M, 1, -1)
     alone["reader_len_BxK"] = chosen["reader_len_BxK"].reshape(B * M, 1)
-    nll_N, _ = answer_losses(spec, jax.lax.stop_gradient(weights), alone, None)
+    nll_N, _ = answer_losses(replace(spec, lora=None), weights, alone, None)
     return jax.lax.stop_gradient(nll_N.reshape(B, M))
 
 
@@ -166,7 +177,7 @@ def make_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> StepFn
     never changes: ``skip_V`` (retriever vocabulary outside MaxSim), ``base`` under adapters, a half that is frozen.
     Gradients that are not finite change nothing but the counters.
     """
-    pieces = spec.train.accumulate
+    pieces, apply = spec.train.accumulate, partial(_update, optimizer)
     gradient = jax.value_and_grad(partial(joint_loss, spec=spec), has_aux=True)
 
     def step(state: State, frozen: Weights, batch: Batch) -> tuple[State, Metrics]:
@@ -188,15 +199,13 @@ def make_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> StepFn
         grads = jax.tree.map(lambda g: g / pieces, grads)
         metrics = {name: m if name.startswith("prompt/") else m / pieces for name, m in metrics.items()}
 
-        updates, opt = optimizer.update(grads, state["opt"], state["params"])
-        norms = {f"grad_norm/{half}": optax.tree.norm(tree) for half, tree in grads.items()}
+        params, opt, norms = apply(state["params"], state["opt"], grads)
         good = jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
-        keep = partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
         state = {
             "step": state["step"] + 1,
             "key": state["key"],
-            "params": keep(optax.apply_updates(state["params"], updates), state["params"]),
-            "opt": keep(opt, state["opt"]),
+            "params": params,
+            "opt": opt,
             "skipped": state["skipped"] + ~good,
             "skipped_in_row": jnp.where(good, 0, state["skipped_in_row"] + 1),
         }
@@ -204,6 +213,19 @@ def make_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> StepFn
         return state, metrics | norms | counters
 
     return step
+
+
+@jax.named_scope("update")
+def _update(
+    optimizer: optax.GradientTransformation, params: Weights, opt: Any, grads: Weights
+) -> tuple[Weights, Any, Metrics]:
+    """METHOD step 7: weights and optimizer after one update, as they were if it is not finite; gradient norms."""
+    norms = {f"grad_norm/{half}": optax.tree.norm(tree) for half, tree in grads.items()}
+    good = jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
+    updates, new_opt = optimizer.update(grads, opt, params)
+    new = optax.apply_updates(params, updates), new_opt
+    params, opt = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, (params, opt))
+    return params, opt, norms
 
 
 def init_state(params: Weights, optimizer: optax.GradientTransformation, key: Array) -> State:

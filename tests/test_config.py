@@ -97,7 +97,7 @@ def test_shipped_preset(name: str) -> None:
     head = file.read_text().splitlines()
     assert head[0].startswith("# ") and any(line.startswith("# Command: ") for line in head), "header comment missing"
     given = yaml.safe_load(file.read_text())
-    default = Config().model_dump(mode="json")
+    default = load(given.pop("extends", None)).model_dump(mode="json")
 
     def repeated(tree: dict, base: dict | None, prefix: str = "") -> list[str]:
         out = []
@@ -113,6 +113,23 @@ def test_shipped_preset(name: str) -> None:
 
 def test_presets_are_found() -> None:
     assert "smoke" in config_io.presets()
+
+
+def test_a_preset_over_another(tmp_path: Path) -> None:
+    base, top = tmp_path / "base.yaml", tmp_path / "top.yaml"
+    base.write_text("seed: 3\ntrain:\n  steps: 7\n  batch_size: 4\n")
+    top.write_text(f"extends: {base}  # by name or path\ntrain:\n  steps: 9\n")
+    assert differences(load(str(top)), Config()) == {
+        "seed": (3, 0),
+        "train.steps": (9, 400),
+        "train.batch_size": (4, 32),
+    }
+    top.write_text(f"extends: {base}\ntrain:\n  stepps: 9\n")
+    assert f"{top}:3: train.stepps" in _message(top)
+    base.write_text(f"extends: {top}\n")
+    assert "extends this preset itself" in _message(base)
+    top.write_text("extends: smokke\n")
+    assert "did you mean smoke" in _message(top)
 
 
 # What is refused

@@ -14,25 +14,30 @@ import peft
 import pytest
 import torch
 import transformers
+import yaml
+from runs import one_device
 
 from jmlr_jax import cli, config_io, publish
-from jmlr_jax.checkpoint import save_weights
+from jmlr_jax.checkpoint import load_weights, save_weights
 from jmlr_jax.config import BertConfig, Config, LlamaConfig, LoraConfig
 from jmlr_jax.data.prepare import prepare
 from jmlr_jax.data.tokenizers import load_tokenizer, train_generator_tokenizer
 from jmlr_jax.errors import JmlrError
+from jmlr_jax.generate import generate
 from jmlr_jax.hf.load import load_generator, load_retriever
 from jmlr_jax.lora import bind, merge
 from jmlr_jax.nn import functional as F
 from jmlr_jax.run import Run
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+ORGANS = "kidney liver heart lung skin brain bone eye".split()  # in letters: the small tokenizers know no digits
 QUESTIONS = [
-    {"id": f"q{i}", "question": f"what hardens organ {i}?", "options": {"A": f"drug {i}", "B": "age"}, "answer": "A"}
-    for i in range(6)
+    {"id": f"q{i}", "question": f"what hardens the {organ}?", "options": {"A": f"drug {i}", "B": "age"}, "answer": "A"}
+    for i, organ in enumerate(ORGANS[:6])
 ]
 PASSAGES = [
-    {"id": f"p{i}", "title": "Organ", "text": f"Organ {i} is hardened by age, less by drug {i}."} for i in range(8)
+    {"id": f"p{i}", "title": "Organ", "text": f"The {organ} is hardened by age, less by drug {i}."}
+    for i, organ in enumerate(ORGANS)
 ]
 LLAMA = LlamaConfig(hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, max_positions=512)
 BERT = BertConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, max_positions=48)
@@ -191,3 +196,90 @@ def test_from_published_weights_with_adapters(tmp_path: Path) -> None:
     again, params = load_retriever(str(out / "colbert"), run.cfg.retriever, jax.random.key(0))
     equal(params, weights["retriever"])
     assert again == run.retriever and config_io.load(str(run.directory / "config.yaml")) == run.cfg
+
+
+# Large steps: three of them move every weight by far more than rounding.
+TRAINING = {
+    "steps": 3,
+    "batch_size": 4,
+    "candidates": 4,
+    "mix": {"index": 2, "bm25": 1, "random": 1},
+    "sampled": 2,
+    "read_passages": 2,
+    "refresh_steps": 0,
+    "tie_margin": 0.0,
+    "dev_questions": 0,
+    "warmup": {"steps": 0},
+    "retriever": {"learning_rate": 0.01, "warmup_steps": 0},
+    "generator": {"learning_rate": 0.03, "warmup_steps": 0},
+}
+
+
+def test_a_run_that_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Published weights, prepared data, the joint step, export, all by commands. transformers then answers 20 prompts
+    of this data with the tokens that the trained weights give here, PEFT has their logits, colbert-ai their scores."""
+    one_device(monkeypatch)
+    base, out = tmp_path / "base", tmp_path / "out"
+    train_generator_tokenizer(
+        [row["text"] for row in PASSAGES] + [row["question"] for row in QUESTIONS], 300, str(base)
+    )
+    hf_models.decoder("llama", base, vocab_size=304, max_position_embeddings=512)
+    hf_colbert.export("published", tmp_path)
+    colbert = {"source": str(tmp_path / "colbert"), "tokenizer": str(tmp_path / "colbert")}
+    raw = base_config(tmp_path) | {"train": TRAINING, "mesh": {}, "index": {"encode_batch": 8, "oracle_queries": 2}}
+    raw["generator"] |= {"source": str(base), "tokenizer": str(base), "llama": {"max_positions": 512}}
+    raw["generator"] |= {"lora": {"rank": 2, "alpha": 4, "targets": ["q", "v", "down", "lm_head"]}}
+    raw["retriever"] |= colbert | {"query_marker": "[unused0]", "passage_marker": "[unused1]"}
+    raw["retriever"]["bert"] = {"max_positions": 48}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+    for command in ("prepare", "train", "index"):
+        assert cli.main([command, "--config", str(tmp_path / "run.yaml")]) == 0
+    assert cli.main(["export", raw["run_dir"], str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "adapters", "colbert", "generator", "pylate"]
+
+    assert "Kind `exact`, 8 passages, token vectors of width 12." in (out / "README.md").read_text()
+
+    run = Run.open(Config.model_validate(raw))
+    start = run.initial_weights()
+    abstract = run.abstract(("retriever", "generator"))
+    end = {part: load_weights(run.directory / "arms" / "jmlr" / "weights" / part, abstract[part]) for part in abstract}
+    for part in ("retriever", "generator"):
+        changes = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), start[part], end[part])
+        assert max(jax.tree.leaves(changes)) > 0.01, part
+
+    cfg, tok = run.cfg.generator, transformers.AutoTokenizer.from_pretrained(out / "generator")
+    prompts = []
+    for i in range(20):
+        passage, question = PASSAGES[i % 8], QUESTIONS[i % 6]
+        text = cfg.passage_template.format(**passage)
+        text += cfg.question_template.format(question=question["question"], options=f"A) drug {i}")
+        prompts.append([run.prepared.generator_ids.bos, *tok(text, add_special_tokens=False)["input_ids"]])
+    length = np.array([len(prompt) for prompt in prompts])
+    table = np.zeros((20, length.max()), np.int32)
+    for row, prompt in enumerate(prompts):
+        table[row, : len(prompt)] = prompt
+    adapters = bind(end["generator"], cfg.lora)
+    asked = {"max_new": cfg.answer_length, "eos_id": run.prepared.generator_ids.eos, "adapters": adapters}
+    tokens, made = generate(start["base"], run.llama, table, length, jax.random.key(0), **asked)
+    hidden = F.llama_hidden(start["base"], run.llama, table[:2], length[:2], adapters=adapters)
+    ours = np.asarray(F.llama_logits(start["base"], run.llama, hidden, adapters=adapters))
+
+    kind = transformers.AutoModelForCausalLM
+    merged, plain = kind.from_pretrained(out / "generator"), kind.from_pretrained(base)
+    for row, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        answer = merged.generate(ids, attention_mask=torch.ones_like(ids))[0, len(prompt) :]
+        assert tokens[row, : made[row]].tolist() == answer.tolist()
+    with torch.no_grad():
+        before = [plain(torch.tensor([prompt])).logits[0].numpy() for prompt in prompts[:2]]
+        adapted = peft.PeftModel.from_pretrained(plain, out / "adapters")
+        for model in (merged, adapted):
+            for row, prompt in enumerate(prompts[:2]):
+                theirs = model(torch.tensor([prompt])).logits[0].numpy()
+                assert np.abs(theirs - before[row]).max() > 0.1
+                np.testing.assert_allclose(ours[row, : len(prompt)], theirs, atol=1e-4)
+
+    tokenizer = run.prepared.tokenizer_dir("retriever")
+    scores = hf_colbert.encode(run.retriever, end["retriever"], tokenizer)["scores"]
+    np.testing.assert_allclose(scores, hf_colbert.colbert_ai(out / "colbert")[1].detach(), atol=1e-4)
+    equal(load_retriever(str(out / "pylate"), run.cfg.retriever, jax.random.key(0))[1], end["retriever"])

@@ -92,7 +92,16 @@ def flip(path):
     path.write_bytes(data)
 
 
-FILES = ["packed.npy", "cell.npy", "gain.npy", "offsets.npy", "settings.json", "entries.npy", "fde.npz", "code.npz"]
+FILES = [
+    "packed.npy",
+    "cell.npy",
+    "gain.npy",
+    "offsets.npy",
+    "settings.json",
+    "entries.npy",
+    "encoding.npz",
+    "code.npz",
+]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +244,17 @@ def test_kill_9_at_every_step_of_a_save(saved, tmp_path):
     assert child.wait(60) == 0
     assert killed >= 10 and sizes[0] == 60 and sizes[-1] == 90 and sorted(sizes) == sizes
     assert len(list(saved.iterdir())) == 3
+
+
+def test_an_index_goes_back_to_where_another_took_its_place(saved):
+    """Its folders are gone, so it writes them again."""
+    vectors, q = clustered(40, 2, seed=9)
+    first = build(vectors, q, "exact")
+    first.save(saved)
+    second = build(*clustered(60, 2), bits=4)
+    second.save(saved)
+    first.save(saved)
+    assert len(open_index(saved, *MINE)) == 40 and len(list(saved.iterdir())) == 3
 
 
 def swap_for_ever(directory, vectors, q):

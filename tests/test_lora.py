@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jmlr_jax.config import LlamaConfig, LoraConfig
-from jmlr_jax.lora import abstract_lora, bind, init_lora, lora_axes, merge
+from jmlr_jax.lora import abstract_lora, bind, complete, init_lora, lora_axes, merge
 from jmlr_jax.nn import functional as F
 from jmlr_jax.nn.layers import TARGETS
 
@@ -103,6 +103,32 @@ def test_dropout_differs_between_layers_and_projections(params: dict) -> None:
     assert not np.allclose(layer[0].update("q", x, 1), layer[0].update("k", x, 1))
 
 
+def test_weights_that_train_whole(params: dict) -> None:
+    """Zero at the start; then base and difference make the weight, in training and merged; each has a gradient."""
+    cfg = LORA.model_copy(update={"targets": ("q",), "whole": ("embed", "attn_norm")})
+    tree = init_lora(cfg, LLAMA, KEY)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), abstract_lora(cfg, LLAMA))
+    assert lora_axes(cfg, LLAMA)["whole"] == {"embed": ("vocab", "embed"), "layers": {"attn_norm": ("layers", "norm")}}
+    jax.tree.map(np.testing.assert_array_equal, complete(params, tree), params)
+    tree = moved(tree)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    assert complete(half, tree)["embed"].dtype == jnp.float32 and complete(half, tree)["lm_head"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(complete(params, tree)["embed"], params["embed"] + tree["whole"]["embed"])
+    trained = logits(complete(params, tree), bind(tree, cfg))
+    np.testing.assert_allclose(trained, logits(merge(params, tree, cfg)), atol=2e-4)
+    assert np.abs(trained - logits(params, bind(tree, cfg))).max() > 0.1
+    grads = jax.jit(jax.grad(lambda t: (logits(complete(params, t), bind(t, cfg)) ** 2).sum()))(tree)
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.abs(g).max() > 0, path
+    for wrong, message in (
+        ({"whole": ("ln",)}, "'ln' matches no weight; there are attn_norm"),
+        ({"whole": ("q",)}, "q twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            abstract_lora(LORA.model_copy(update=wrong), LLAMA)
+
+
 def test_axes_follow_the_base_weight() -> None:
     axes = lora_axes(LORA, LLAMA)
     assert axes["layers"]["q"] == {"a": ("layers", "embed", "rank"), "b": ("layers", "rank", "heads", "head_dim")}
@@ -115,7 +141,7 @@ def test_targets_that_match_nothing_are_named(params: dict) -> None:
         init_lora(LORA.model_copy(update={"targets": ("q", "w1")}), LLAMA, KEY)
     with pytest.raises(ValueError, match="'lm_head' matches no projection .*tie_embeddings"):
         init_lora(LORA, LLAMA.model_copy(update={"tie_embeddings": True}), KEY)
-    with pytest.raises(ValueError, match="names q twice"):
+    with pytest.raises(ValueError, match="name q twice"):
         init_lora(LORA.model_copy(update={"targets": ("q", "q")}), LLAMA, KEY)
     tree = init_lora(LORA, LLAMA, KEY)
     with pytest.raises(ValueError, match="adapters lm_head have no weight"):

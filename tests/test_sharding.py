@@ -66,7 +66,11 @@ def test_specs_of_the_weights() -> None:
     assert specs["layers"]["down"] == P(None, "tensor", "fsdp")
     assert specs["layers"]["attn_norm"] == P(None, None)
     lora = LoraConfig(rank=4)
-    sharding.shardings(mesh(2, 2, 2), lora_axes(lora, LLAMA), abstract_lora(lora, LLAMA))
+    placed = sharding.shardings(mesh(2, 2, 2), lora_axes(lora, LLAMA), abstract_lora(lora, LLAMA))
+    specs = jax.tree.map(lambda s: s.spec, placed["layers"]["q"])
+    assert specs == {"a": P(None, "fsdp", None), "b": P(None, "fsdp", "tensor", None)}  # rank only where fsdp is free
+    placed = sharding.shardings(mesh(1, 8, 1), lora_axes(lora, LLAMA), abstract_lora(lora, LLAMA))
+    assert placed["layers"]["q"]["b"].spec == P(None, None, "tensor", None)  # rank 4 does not divide by 8
     sharding.shardings(mesh(1, 4, 2), F.logical_axes(COLBERT), F.abstract_params(COLBERT))
 
 

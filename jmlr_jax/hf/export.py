@@ -239,6 +239,10 @@ def _fetch(row: Row, leaf: jax.Array, layer: int, lora: Lora | None) -> np.ndarr
             leaf = merge({"layers": {name: leaf}}, {"layers": {name: adapter}}, lora.cfg)["layers"][name]
         else:
             leaf = merge({name: leaf, "layers": {}}, {name: adapter}, lora.cfg)[name]
+    elif lora is not None and name in lora.cfg.whole:
+        whole = lora.tree["whole"]
+        change = _layer(whole["layers"][name], jnp.asarray(layer)) if row.layered else whole[name]
+        leaf = (leaf + change).astype(leaf.dtype)
     return np.asarray(_to_theirs(row.axes, leaf[0] if row.layered else leaf))
 
 

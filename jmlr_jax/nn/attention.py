@@ -1,14 +1,27 @@
 """The one attention function; every model here calls it, so a faster kernel is chosen here and nowhere else.
 
+On TPU, causal attention from the first position on (training, judging) runs as splash attention, a Pallas kernel of
+JAX that never writes the scores to memory and skips the blocks above the diagonal. Everything else, and every other
+platform, is plain XLA. The platform is that of the mesh in use (``jax.set_mesh``), so that a program compiled here for
+a TPU elsewhere gets the kernels it will have there.
+
 Letters besides the project's: H query heads, G key/value heads (G divides H), E head width, S key slots.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+from jmlr_jax.sharding import partition_spec
 
 MASKED = -1e30  # finite: a row with no visible key gives a uniform average instead of NaN
+SAVED = "attention"  # what the remat policies of nn/layers.py may keep: outputs and log-sum-exp
+LANES, LARGEST_BLOCK = 128, 1024
 
 
 def attend(
@@ -16,6 +29,7 @@ def attend(
     k_BxSxGxE: jax.Array,
     v_BxSxGxE: jax.Array,
     *,
+    causal: bool = False,
     position_BxT: jax.Array | None = None,
     key_length_B: jax.Array | None = None,
     window: int | None = None,
@@ -24,16 +38,21 @@ def attend(
 
     Args:
         q_BxTxHxE, k_BxSxGxE, v_BxSxGxE: in the computing dtype.
+        causal: query t sees the keys 0..t; S = T. Instead of `position_BxT`, and what the kernels can do.
         position_BxT: position of each query (a leading 1 broadcasts). Key slot s holds position s, and a query sees
             the slots up to its own position. None: every query sees every key.
         key_length_B: slots from this one on are hidden. None: no such limit.
-        window: with `position_BxT`, slots ``s <= position - window`` are hidden (Mistral). None: no such limit.
+        window: with `causal` or `position_BxT`, slots ``s <= position - window`` are hidden (Mistral). None: no limit.
 
     Returns:
         Head outputs BxTxHxE in q's dtype. Scores, mask and softmax are float32.
     """
     B, T, H, E = q_BxTxHxE.shape
     S, G = k_BxSxGxE.shape[1:3]
+    if causal and key_length_B is None and splash_applies(E):
+        return splash(q_BxTxHxE, k_BxSxGxE, v_BxSxGxE, window)
+    if causal:
+        position_BxT = jnp.arange(T)[None]
     q = q_BxTxHxE.reshape(B, T, G, H // G, E)
     scores = jnp.einsum("btgre,bsge->bgrts", q, k_BxSxGxE, preferred_element_type=jnp.float32) * E**-0.5
     slot_S = jnp.arange(S)
@@ -46,4 +65,91 @@ def attend(
         visible_BxTxS &= slot_S < key_length_B[:, None, None]
     scores = jnp.where(visible_BxTxS[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bgrts,bsge->btgre", weights, v_BxSxGxE).reshape(B, T, H, E)
+    return checkpoint_name(jnp.einsum("bgrts,bsge->btgre", weights, v_BxSxGxE).reshape(B, T, H, E), SAVED)
+
+
+def splash_applies(head_width: int) -> bool:
+    """Whether the program is for a TPU and the heads are as wide as the kernel's registers ask for."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return platform == "tpu" and head_width % LANES == 0
+
+
+def splash(
+    q_BxTxHxE: jax.Array,
+    k_BxTxGxE: jax.Array,
+    v_BxTxGxE: jax.Array,
+    window: int | None = None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Causal attention by the Pallas kernel, each device on its own rows and heads; arguments as in :func:`attend`.
+
+    Args:
+        interpret: run the kernel's program on any platform, slowly; for tests.
+    """
+    T, E = q_BxTxHxE.shape[1], q_BxTxHxE.shape[3]
+    padded, block = blocks(T)
+
+    def one_device(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        shape = (padded, padded)
+        mask = kernels.CausalMask(shape) if window is None else kernels.LocalMask(shape, (window - 1, 0), 0)
+        kernel = kernels.make_splash_mha(
+            mask=kernels.MultiHeadMask([mask] * q.shape[1]),
+            head_shards=1,
+            q_seq_shards=1,
+            block_sizes=_block_sizes(block),
+            residual_checkpoint_name=SAVED,
+            interpret=interpret,
+        )
+        return jax.vmap(kernel)(q, k, v)
+
+    def heads_first(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, padded - T), (0, 0), (0, 0))), 1, 2)
+
+    # The kernel knows no scale; in float32, since 1 / sqrt(128) is not a power of two.
+    q = (q_BxTxHxE.astype(jnp.float32) * E**-0.5).astype(q_BxTxHxE.dtype)
+    if not jax.sharding.get_abstract_mesh().empty:
+        heads, groups = (partition_spec(("batch", name, "length", "head_dim"), name) for name in ("heads", "kv_heads"))
+        one_device = partial(jax.shard_map, in_specs=(heads, groups, groups), out_specs=heads, check_vma=False)(
+            one_device
+        )
+    out_BxHxTxE = one_device(heads_first(q), heads_first(k_BxTxGxE), heads_first(v_BxTxGxE))
+    return jnp.swapaxes(out_BxHxTxE, 1, 2)[:, :T]
+
+
+def blocks(length: int) -> tuple[int, int]:
+    """Padded length and block side for a row of `length` tokens: one block if it fits, else the least padding.
+
+    >>> blocks(640), blocks(2688), blocks(2944), blocks(4096)
+    ((640, 640), (2688, 896), (3072, 1024), (4096, 1024))
+    """
+    whole = -(-length // LANES) * LANES
+    if whole <= LARGEST_BLOCK:
+        return whole, whole
+    sides = range(LARGEST_BLOCK, LARGEST_BLOCK // 2 - 1, -LANES)
+    return min(((-(-length // side) * side, side) for side in sides), key=lambda found: found[0])
+
+
+def visited(length: int, window: int | None = None) -> int:
+    """Query-key pairs of one head that the kernel computes for a row: whole blocks, those all hidden left out.
+
+    >>> visited(640), visited(4096) / 4096**2  # one block; ten of sixteen
+    (409600, 0.625)
+    """
+    padded, side = blocks(length)
+    count = padded // side
+    back = count if window is None else -(-(window - 1) // side)
+    return side * side * sum(min(row, back) + 1 for row in range(count))
+
+
+def _block_sizes(side: int) -> kernels.BlockSizes:
+    return kernels.BlockSizes(
+        block_q=side,
+        block_kv=side,
+        block_kv_compute=side,
+        block_q_dkv=side,
+        block_kv_dkv=side,
+        block_kv_dkv_compute=side,
+        use_fused_bwd_kernel=True,
+    )

@@ -7,10 +7,24 @@ from functools import partial
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jmlr_jax.config import BertConfig
 from jmlr_jax.nn.attention import attend
-from jmlr_jax.nn.layers import faint, fan_in, layer_norm, ones, project, scan_layers, stack, weight, words, zeros
+from jmlr_jax.nn.layers import (
+    MLP,
+    QKV,
+    faint,
+    fan_in,
+    layer_norm,
+    ones,
+    project,
+    scan_layers,
+    stack,
+    weight,
+    words,
+    zeros,
+)
 from jmlr_jax.sharding import constrain
 
 HIDDEN = ("encoder_batch", "length", "hidden")
@@ -52,10 +66,12 @@ class BertLayer(nnx.Module):
         """One layer on x BxTxD; tokens from `key_length_B` on are attended to by none."""
         cfg = self.cfg
         q, k, v = (project(x, getattr(self, n)) + getattr(self, f"{n}_bias")[...].astype(x.dtype) for n in "qkv")
+        q, k, v = (checkpoint_name(y, QKV) for y in (q, k, v))
         heads = attend(q, k, v, key_length_B=key_length_B)
         h = project(heads, self.o, 2) + self.o_bias[...].astype(x.dtype)
         x = layer_norm(x + h, self.attn_norm, self.attn_norm_bias, cfg.layer_norm_eps)
-        h = ACTIVATIONS[cfg.hidden_act](project(x, self.up) + self.up_bias[...].astype(x.dtype))
+        h = checkpoint_name(project(x, self.up) + self.up_bias[...].astype(x.dtype), MLP)
+        h = ACTIVATIONS[cfg.hidden_act](h)
         h = project(h, self.down) + self.down_bias[...].astype(x.dtype)
         return constrain(layer_norm(x + h, self.mlp_norm, self.mlp_norm_bias, cfg.layer_norm_eps), *HIDDEN)
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jmlr_jax.config import LlamaConfig
 from jmlr_jax.nn.attention import attend
 from jmlr_jax.nn.layers import (
+    AXES,
+    MLP,
+    QKV,
     Adapters,
     Params,
     apply_rope,
@@ -37,10 +41,10 @@ class LlamaLayer(nnx.Module):
         D, F, H, G, t = cfg.hidden_size, cfg.intermediate_size, cfg.num_heads, cfg.num_kv_heads, cfg.param_dtype
         E = cfg.head_dim or D // H
         self.attn_norm = weight(rngs, (D,), ("norm",), ones, t)
-        self.q = weight(rngs, (D, H, E), ("embed", "heads", "head_dim"), fan_in(1), t)
-        self.k = weight(rngs, (D, G, E), ("embed", "kv_heads", "head_dim"), fan_in(1), t)
-        self.v = weight(rngs, (D, G, E), ("embed", "kv_heads", "head_dim"), fan_in(1), t)
-        self.o = weight(rngs, (H, E, D), ("heads", "head_dim", "embed"), residual(2, cfg.num_layers), t)
+        self.q = weight(rngs, (D, H, E), AXES["q"], fan_in(1), t)
+        self.k = weight(rngs, (D, G, E), AXES["k"], fan_in(1), t)
+        self.v = weight(rngs, (D, G, E), AXES["v"], fan_in(1), t)
+        self.o = weight(rngs, (H, E, D), AXES["o"], residual(2, cfg.num_layers), t)
         if cfg.qkv_bias:
             self.q_bias = weight(rngs, (H, E), ("heads", "head_dim"), zeros, t)
             self.k_bias = weight(rngs, (G, E), ("kv_heads", "head_dim"), zeros, t)
@@ -49,9 +53,9 @@ class LlamaLayer(nnx.Module):
             self.q_norm = weight(rngs, (E,), ("norm",), ones, t)
             self.k_norm = weight(rngs, (E,), ("norm",), ones, t)
         self.mlp_norm = weight(rngs, (D,), ("norm",), ones, t)
-        self.gate = weight(rngs, (D, F), ("embed", "mlp"), fan_in(1), t)
-        self.up = weight(rngs, (D, F), ("embed", "mlp"), fan_in(1), t)
-        self.down = weight(rngs, (F, D), ("mlp", "embed"), residual(1, cfg.num_layers), t)
+        self.gate = weight(rngs, (D, F), AXES["gate"], fan_in(1), t)
+        self.up = weight(rngs, (D, F), AXES["up"], fan_in(1), t)
+        self.down = weight(rngs, (F, D), AXES["down"], residual(1, cfg.num_layers), t)
 
     def __call__(
         self,
@@ -75,11 +79,15 @@ class LlamaLayer(nnx.Module):
             start_B = position_BxT[:, 0]
             cache = {"k": write(cache["k"], k, start_B), "v": write(cache["v"], v, start_B)}
             k, v = cache["k"], cache["v"]
-        heads = attend(q, k, v, position_BxT=position_BxT, window=cfg.sliding_window)
+            heads = attend(q, k, v, position_BxT=position_BxT, window=cfg.sliding_window)
+        else:
+            q, k, v = (checkpoint_name(y, QKV) for y in (q, k, v))
+            heads = attend(q, k, v, causal=True, window=cfg.sliding_window)
         x = x + project(heads, self.o, 2, "o", adapters)
         h = rms_norm(x, self.mlp_norm, cfg.rms_norm_eps)
-        h = jax.nn.silu(project(h, self.gate, 1, "gate", adapters)) * project(h, self.up, 1, "up", adapters)
-        x = x + project(h, self.down, 1, "down", adapters)
+        gate, up = (project(h, getattr(self, name), 1, name, adapters) for name in ("gate", "up"))
+        gate, up = checkpoint_name(gate, MLP), checkpoint_name(up, MLP)
+        x = x + project(jax.nn.silu(gate) * up, self.down, 1, "down", adapters)
         return constrain(x, *HIDDEN), cache
 
 
@@ -95,7 +103,7 @@ class Llama(nnx.Module):
         self.layers = stack(lambda r: LlamaLayer(cfg, r), cfg.num_layers, rngs)
         self.final_norm = weight(rngs, (D,), ("norm",), ones, t)
         if not cfg.tie_embeddings:
-            self.lm_head = weight(rngs, (D, V), ("embed", "vocab"), fan_in(1), t)
+            self.lm_head = weight(rngs, (D, V), AXES["lm_head"], fan_in(1), t)
 
     def __call__(
         self,

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from jmlr_jax.config import IndexConfig
+from jmlr_jax.retrieval.encoding import BATCH
 from jmlr_jax.retrieval.exact import ExactIndex, ExactSearch
-from jmlr_jax.retrieval.scann import BUILD_BATCH, SAMPLE_PASSAGES, ScannIndex, build_part
+from jmlr_jax.retrieval.scann import SAMPLE_PASSAGES, ScannIndex, build_part
 from jmlr_jax.retrieval.store import DIGEST_BYTES, Card, Index, IndexUnusable
 from jmlr_jax.retrieval.tune import Curve, share_found, tune
 from jmlr_jax.retrieval.vectors import TokenVectors
@@ -29,7 +30,7 @@ def build_index(
 ) -> Index:
     """An index of a corpus that is held in memory; see :func:`build_index_of_pieces`."""
     return build_index_of_pieces(
-        (vectors.rows(slice(first, first + BUILD_BATCH)) for first in range(0, len(vectors), BUILD_BATCH)),
+        (vectors.rows(slice(first, first + BATCH)) for first in range(0, len(vectors), BATCH)),
         vectors.rows(sample_rows(len(vectors), seed)),
         len(vectors),
         cfg,
@@ -118,7 +119,7 @@ def build_index_of_pieces(
     if len(searcher) != passages:
         raise ValueError(f"{len(searcher)} passages came for an index of {passages}")
     card = Card(
-        kind=searcher.kind,  # type: ignore[arg-type]
+        kind=searcher.kind,
         model_fingerprint=model_fingerprint,
         corpus_fingerprint=corpus_fingerprint,
         passages=passages,
@@ -176,8 +177,8 @@ def update_index(
     else:
         parts = old.parts
         if len(rows):
-            parts = (*parts, build_part(old.params, old.code, encode_rows(rows), len(rows)))
-        new = ScannIndex(old.params, old.code, parts, entry_N, old.hits, old.leaves)
+            parts = (*parts, build_part(old.encoding, old.code, encode_rows(rows), len(rows)))
+        new = ScannIndex(old.encoding, old.code, parts, entry_N, old.hits, old.leaves)
         entries = stored + len(rows)
     changes = {
         "corpus_fingerprint": corpus_fingerprint,
@@ -211,7 +212,8 @@ def match_entries(stored_Ex16: np.ndarray, wanted_Nx16: np.ndarray) -> tuple[np.
     places: dict[bytes, list[int]] = defaultdict(list)
     for entry in range(len(stored_Ex16) - 1, -1, -1):
         places[stored_Ex16[entry].tobytes()].append(entry)
-    entry_N, rows = np.empty(len(wanted_Nx16), np.int64), []
+    entry_N = np.empty(len(wanted_Nx16), np.int64)
+    rows: list[int] = []
     for row, digest in enumerate(wanted_Nx16):
         have = places.get(digest.tobytes())
         if have:

@@ -83,14 +83,14 @@ def bit_widths(variance_C: np.ndarray, budget: int) -> tuple[tuple[int, int], ..
 
 
 def centroid_count(tokens: int, sample: int) -> int:
-    """G for a corpus of so many tokens: a power of two near 2 sqrt(T), at most 65,536 and what the sample can feed.
+    """G for a corpus of so many tokens: a power of two near 4 sqrt(T), at most 65,536 and what the sample can feed.
 
     >>> centroid_count(4_000_000, 1_000_000)
-    4096
+    8192
     >>> centroid_count(4_000_000, 3_000)
     64
     """
-    wanted = 2 ** round(math.log2(max(2.0, 2 * math.sqrt(tokens))))
+    wanted = 2 ** round(math.log2(max(2.0, 4 * math.sqrt(tokens))))
     return int(max(1, min(wanted, 65_536, 2 ** int(math.log2(max(1, sample // TOKENS_PER_CENTROID))))))
 
 

@@ -10,20 +10,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from scann.scann_ops.py import scann_ops_pybind
 from scann.scann_ops.py.scann_builder import ReorderType
 
 from jmlr_jax.config import IndexConfig
 from jmlr_jax.retrieval.code import TokenCode, fit_code
-from jmlr_jax.retrieval.fde import FDEParams, init_fde, passage_fde, query_fde
+from jmlr_jax.retrieval.encoding import (
+    BATCH,
+    SAMPLE,
+    Encoding,
+    passage_vectors,
+    plain_encoding,
+    query_vectors,
+    reduced,
+)
 from jmlr_jax.retrieval.tokens import BATCHES, TokenStore, best_of, padded, score_tokens, trimmed
 from jmlr_jax.retrieval.vectors import TokenVectors, check_allowed, check_queries
 
 SCORE_BATCH = BATCHES[1]
 SAMPLE_TOKENS = 1_000_000  # from which a token code is learned
 SAMPLE_PASSAGES = 20_000  # of which no more are taken
-BUILD_BATCH = 1024  # passages encoded and coded at once while building
 SOAR_LAMBDA = 1.5  # ScaNN's own choice where spilling is on
 
 
@@ -114,7 +122,7 @@ class ScannIndex:
     Use :meth:`build` or the store.
 
     Attributes:
-      params: draws of the encoding.
+      encoding: makes the single vectors.
       code: of the token vectors, None for float16.
       parts: what was indexed together; entries are numbered through them.
       entry_N: int64, the entry that holds each row of the corpus.
@@ -126,14 +134,16 @@ class ScannIndex:
 
     def __init__(
         self,
-        params: FDEParams,
+        encoding: Encoding,
         code: TokenCode | None,
         parts: Sequence[Part],
         entry_N: np.ndarray,
         hits: int,
         leaves: int | None,
     ):
-        self.params, self.code, self.parts, self.entry_N = params, code, tuple(parts), np.asarray(entry_N)
+        self.encoding, self.code, self.parts, self.entry_N = encoding, code, tuple(parts), np.asarray(entry_N)
+        # Held by the device: they would cross with every question.
+        self._encoding, self._code = jax.device_put(encoding), jax.device_put(code)
         self.hits, self.leaves = hits, leaves
         self.starts = np.cumsum([0, *(len(part.tokens) for part in self.parts)])
         self.row_E = np.full(self.starts[-1], -1, np.int32)  # the row that each entry holds, -1: none any more
@@ -155,14 +165,18 @@ class ScannIndex:
 
         ``how`` None chooses ScaNN's settings by corpus size. ``hits`` is ``cfg.rerank``: :mod:`.tune` finds less.
         """
-        tokens_TxC = sample.vectors_NxPxC[sample.keep_NxP]
-        params, code = learn(tokens_TxC, int(sample.keep_NxP.sum(1).mean() * passages), cfg, seed)
-        part = build_part(params, code, pieces, passages, how)
-        return cls(params, code, (part,), np.arange(passages), cfg.rerank, part.how.leaves_searched)
+        code = learn_code(
+            sample.vectors_NxPxC[sample.keep_NxP], int(sample.keep_NxP.sum(1).mean() * passages), cfg, seed
+        )
+        encoding = plain_encoding(cfg, sample.vectors_NxPxC.shape[-1], seed)
+        some = sample.rows(encoding_sample(len(sample), seed))
+        encoding = reduced(encoding, passage_vectors(encoding, some), cfg.directions)
+        part = build_part(encoding, code, pieces, passages, how)
+        return cls(encoding, code, (part,), np.arange(passages), cfg.rerank, part.how.leaves_searched)
 
     def tuned(self, hits: int, leaves: int | None) -> ScannIndex:
         """The same index with other settings of its search."""
-        return ScannIndex(self.params, self.code, self.parts, self.entry_N, hits, leaves)
+        return ScannIndex(self.encoding, self.code, self.parts, self.entry_N, hits, leaves)
 
     def __len__(self) -> int:
         return len(self.entry_N)
@@ -170,7 +184,7 @@ class ScannIndex:
     @property
     def dim(self) -> int:
         """C, width of a token vector."""
-        return self.params.hash_RxCxH.shape[1]
+        return self.encoding.draws.hash_RxCxH.shape[1]
 
     def search(self, q_NxQxC: np.ndarray, k: int, allowed_N: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """See :class:`jmlr_jax.retrieval.vectors.Searcher`; max(hits, k) passages are scored for each question.
@@ -200,7 +214,7 @@ class ScannIndex:
           [N, hits], -inf there.
         """
         hits = min(hits, len(self))
-        fde_NxF = np.asarray(query_fde(self.params, padded(trimmed(q_NxQxC))))[: len(q_NxQxC)]
+        fde_NxF = np.asarray(query_vectors(self._encoding, padded(trimmed(q_NxQxC))))[: len(q_NxQxC)]
         rows, products = [], []
         for number, (part, start) in enumerate(zip(self.parts, self.starts, strict=False)):
             row_e = self.row_E[start : start + len(part.tokens)]
@@ -228,7 +242,7 @@ class ScannIndex:
                 row_BxH = np.zeros((len(q_BxQxC), row_NxH.shape[1]), row_NxH.dtype)
                 row_BxH[: len(q_NxQxC) - first] = row_NxH[first : first + SCORE_BATCH]
                 tokens, length_BxH = self._gather(self.entry_N[np.maximum(row_BxH, 0)])
-                made = first, score_tokens(self.code, q_BxQxC, tokens, length_BxH)
+                made = first, score_tokens(self._code, q_BxQxC, tokens, length_BxH)
             if waiting is not None:
                 at, found = waiting
                 score_NxH[at : at + SCORE_BATCH] = np.asarray(found)[: len(q_NxQxC) - at]
@@ -256,20 +270,24 @@ class ScannIndex:
         return merged, length_BxH
 
 
-def learn(
-    tokens_TxC: np.ndarray, corpus_tokens: int, cfg: IndexConfig, seed: int
-) -> tuple[FDEParams, TokenCode | None]:
-    """The draws of the encoding, and the code learned from sampled tokens of a corpus of ``corpus_tokens``."""
-    params = init_fde(cfg, tokens_TxC.shape[1], seed)
+def learn_code(tokens_TxC: np.ndarray, corpus_tokens: int, cfg: IndexConfig, seed: int) -> TokenCode | None:
+    """The code learned from sampled tokens of a corpus of ``corpus_tokens``; None where ``cfg.bits`` asks for none."""
     if cfg.bits == 16:
-        return params, None
+        return None
     if len(tokens_TxC) > SAMPLE_TOKENS:
         tokens_TxC = tokens_TxC[np.random.default_rng(seed).choice(len(tokens_TxC), SAMPLE_TOKENS, replace=False)]
-    return params, fit_code(tokens_TxC, cfg.bits, corpus_tokens, seed)
+    return fit_code(tokens_TxC, cfg.bits, corpus_tokens, seed)
+
+
+def encoding_sample(passages: int, seed: int) -> np.ndarray:
+    """Which of the sampled passages give the directions, in order, int64."""
+    if passages <= SAMPLE:
+        return np.arange(passages)
+    return np.sort(np.random.default_rng(seed).choice(passages, SAMPLE, replace=False))
 
 
 def build_part(
-    params: FDEParams,
+    encoding: Encoding,
     code: TokenCode | None,
     pieces: Iterable[TokenVectors],
     passages: int,
@@ -277,7 +295,8 @@ def build_part(
 ) -> Part:
     """Codes and encodes passages, a piece at a time, and trains ScaNN on the encodings."""
     how = settings(passages) if how is None else how
-    fde_NxF = np.empty((passages, params.order_GxF.shape[1]), np.float32)
+    encoding, device_code = jax.device_put(encoding), jax.device_put(code)
+    fde_NxF = np.empty((passages, encoding.width), np.float32)
     done = 0
 
     def passing() -> Iterable[TokenVectors]:
@@ -285,23 +304,16 @@ def build_part(
         for piece in pieces:
             if done + len(piece) > passages:
                 raise ValueError(f"more passages came than the {passages} that the index is for")
-            for first in range(0, len(piece), BUILD_BATCH):
-                block = piece.rows(slice(first, first + BUILD_BATCH))
-                fde_NxF[done : done + len(block)] = _passage_fde(params, block, min(BUILD_BATCH, passages))
+            for first in range(0, len(piece), BATCH):
+                block = piece.rows(slice(first, first + BATCH))
+                fde_NxF[done : done + len(block)] = passage_vectors(encoding, block, passages)
                 done += len(block)
                 yield block
 
-    tokens = TokenStore.of(passing(), code)
+    tokens = TokenStore.of(passing(), code, device_code)
     if done != passages:
         raise ValueError(f"only {done} passages came for an index of {passages}")
     return Part(tokens, build_searcher(fde_NxF, how), how)
-
-
-def _passage_fde(params: FDEParams, block: TokenVectors, size: int) -> np.ndarray:
-    """Encodings of at most ``size`` passages, in one compiled shape."""
-    short = size - len(block)
-    p = np.pad(block.vectors_NxPxC, ((0, short), (0, 0), (0, 0)))
-    return np.asarray(passage_fde(params, p, np.pad(block.keep_NxP, ((0, short), (0, 0)))))[: len(block)]
 
 
 def _living(

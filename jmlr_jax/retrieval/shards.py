@@ -15,8 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jmlr_jax.config import IndexConfig
 from jmlr_jax.retrieval.build import sample_rows
+from jmlr_jax.retrieval.encoding import passage_vectors, plain_encoding, reduced
 from jmlr_jax.retrieval.exact import ExactIndex
-from jmlr_jax.retrieval.scann import ScannIndex, build_part, learn
+from jmlr_jax.retrieval.scann import ScannIndex, build_part, encoding_sample, learn_code
 from jmlr_jax.retrieval.tokens import BATCHES, best_of
 from jmlr_jax.retrieval.vectors import TokenVectors, check_allowed, check_queries
 
@@ -57,8 +58,8 @@ class ShardedIndex:
     def build(cls, encode: Encode, passages: int, cfg: IndexConfig, seed: int = 0) -> ShardedIndex:
         """Encodes and indexes this process's share; every process must call it.
 
-        All draw the same partitions from the seed. The token code is that of the first process, learned from a sample
-        of the whole corpus, so that a passage is coded alike wherever it lies.
+        All draw the same partitions from the seed. Code and directions are those of the first process, learned from a
+        sample of the whole corpus, so that a passage is coded alike wherever it lies.
 
         Args:
           encode: gives the vectors of any rows on this process's own devices.
@@ -81,13 +82,18 @@ class ShardedIndex:
         found = list(encode(sampled[part.start : part.stop]))
         tokens_TxC = np.concatenate([piece.vectors_NxPxC[piece.keep_NxP] for piece in found])
         corpus_tokens = int(_sum_over_processes(len(tokens_TxC)) / len(sampled) * passages)
-        params, code = learn(_rows_of_all(tokens_TxC), corpus_tokens, cfg, seed)
-        if code is not None:
-            code = multihost_utils.broadcast_one_to_all(code)
-            code = jax.tree.map(np.asarray, code)
-        made = build_part(params, code, encode(own_rows), len(own_rows))
+        code = learn_code(_rows_of_all(tokens_TxC), corpus_tokens, cfg, seed)
+        encoding = plain_encoding(cfg, tokens_TxC.shape[1], seed)
+        # The same sampled passages as one process would take, each encoded where it is.
+        wanted = encoding_sample(len(sampled), seed)
+        here = np.flatnonzero(np.isin(np.arange(part.start, part.stop), wanted))
+        sample_nxF = np.concatenate([passage_vectors(encoding, piece) for piece in found])[here]
+        encoding = reduced(encoding, _rows_of_all(sample_nxF), cfg.directions)
+        if jax.process_count() > 1:  # what the first process learned holds for all
+            encoding, code = jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all((encoding, code)))
+        made = build_part(encoding, code, encode(own_rows), len(own_rows))
         entries = np.arange(len(own_rows))
-        return cls(ScannIndex(params, code, (made,), entries, cfg.rerank, made.how.leaves_searched), rows, passages)
+        return cls(ScannIndex(encoding, code, (made,), entries, cfg.rerank, made.how.leaves_searched), rows, passages)
 
     def __len__(self) -> int:
         return self.passages
@@ -152,9 +158,9 @@ def _sum_over_processes(value: int) -> int:
     return int(_all(np.array([value], np.int32)).sum())
 
 
-def _rows_of_all(tokens_TxC: np.ndarray) -> np.ndarray:
-    """The tokens that the processes hold, of all of them."""
-    counts = _all(np.array([len(tokens_TxC)], np.int32))[:, 0]
-    padded = np.zeros((int(counts.max()), tokens_TxC.shape[1]), np.float16)
-    padded[: len(tokens_TxC)] = tokens_TxC
+def _rows_of_all(array: np.ndarray) -> np.ndarray:
+    """The rows that the processes hold, in process order; they may hold different numbers of them."""
+    counts = _all(np.array([len(array)], np.int32))[:, 0]
+    padded = np.zeros((int(counts.max()), array.shape[1]), array.dtype)
+    padded[: len(array)] = array
     return np.concatenate([part[:count] for part, count in zip(_all(padded), counts, strict=True)])

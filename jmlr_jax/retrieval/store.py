@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.files import write_text
 from jmlr_jax.retrieval.code import TokenCode
+from jmlr_jax.retrieval.encoding import Encoding
 from jmlr_jax.retrieval.exact import ExactIndex
 from jmlr_jax.retrieval.fde import FDEParams
 from jmlr_jax.retrieval.scann import Part, ScannIndex
@@ -121,6 +122,8 @@ class Index:
         directory = Path(directory).absolute()
         directory.mkdir(parents=True, exist_ok=True)
         parts = self.card.parts if self._home == directory else []
+        if not all((directory / folder.name).is_dir() for folder in parts):
+            parts = []  # another index was saved here since
         fresh: list[Path] = []
         try:
             for part in self._parts()[len(parts) :]:
@@ -142,8 +145,8 @@ class Index:
         for old in directory.glob("data-*"):
             if old.name not in named:
                 shutil.rmtree(old, ignore_errors=True)
-        for part in directory.glob(".card.json.*.part"):  # of a writer that was killed
-            part.unlink(missing_ok=True)
+        for card_part in directory.glob(".card.json.*.part"):  # of a writer that was killed
+            card_part.unlink(missing_ok=True)
 
     def _parts(self) -> tuple[Part | TokenVectors, ...]:
         return self.searcher.parts if isinstance(self.searcher, ScannIndex) else (self.searcher.vectors,)
@@ -151,7 +154,7 @@ class Index:
     def _save_state(self, folder: Path) -> None:
         if isinstance(self.searcher, ScannIndex):
             np.save(folder / "entries.npy", self.searcher.entry_N, allow_pickle=False)
-            np.savez(folder / "fde.npz", allow_pickle=False, **self.searcher.params._asdict())
+            _save_encoding(self.searcher.encoding, folder / "encoding.npz")
             if self.searcher.code is not None:
                 _save_code(self.searcher.code, folder / "code.npz")
             if self.curve is not None:
@@ -230,12 +233,13 @@ def _load(directory: Path, card: Card) -> tuple[ExactIndex | ScannIndex, np.ndar
         searcher = ExactIndex(TokenVectors(*arrays))
         entries = len(searcher)
     else:
-        with np.load(state / "fde.npz", allow_pickle=False) as found:
-            params = FDEParams(**{name: found[name] for name in FDEParams._fields})
+        with np.load(state / "encoding.npz", allow_pickle=False) as found:
+            draws = FDEParams(**{name: found[name] for name in FDEParams._fields})
+            encoding = Encoding(draws, found["mean_F"], found["basis_FxD"].astype(np.float32))
         code = _load_code(state / "code.npz") if "code.npz" in card.state.files else None
         parts = [Part.load(directory / folder.name, code) for folder in card.parts]
         rows = np.load(state / "entries.npy", allow_pickle=False)
-        searcher = ScannIndex(params, code, parts, rows, card.hits, card.leaves)
+        searcher = ScannIndex(encoding, code, parts, rows, card.hits, card.leaves)
         entries = len(searcher.row_E)
     have, want = [len(searcher), entries, searcher.dim], [card.passages, card.entries, card.dim]
     if have != want:
@@ -250,6 +254,12 @@ def _save_part(part: Part | TokenVectors, folder: Path) -> None:
     else:
         np.save(folder / "vectors.npy", part.vectors_NxPxC, allow_pickle=False)
         np.save(folder / "keep.npy", part.keep_NxP, allow_pickle=False)
+
+
+def _save_encoding(encoding: Encoding, path: Path) -> None:
+    # The basis is the largest array of a small index, and exact in nothing but being the same for all.
+    basis = encoding.basis_FxD.astype(np.float16)
+    np.savez(path, allow_pickle=False, mean_F=encoding.mean_F, basis_FxD=basis, **encoding.draws._asdict())
 
 
 def _save_code(code: TokenCode, path: Path) -> None:

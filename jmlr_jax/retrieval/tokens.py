@@ -35,14 +35,19 @@ class TokenStore:
         self.longest = int(np.diff(self.offsets).max(initial=1))
 
     @classmethod
-    def of(cls, pieces: Iterable[TokenVectors], code: TokenCode | None) -> TokenStore:
-        """Codes the passages of all pieces, in order; one piece at a time is held uncoded."""
+    def of(
+        cls, pieces: Iterable[TokenVectors], code: TokenCode | None, device_code: TokenCode | None = None
+    ) -> TokenStore:
+        """Codes the passages of all pieces, in order; one piece at a time is held uncoded.
+
+        ``device_code`` is the code on the device, if the caller has put it there.
+        """
         lengths: list[np.ndarray] = []
         parts: list[dict[str, np.ndarray]] = []
         for piece in pieces:
             lengths.append(piece.keep_NxP.sum(1))
             tokens_TxC = piece.vectors_NxPxC[piece.keep_NxP]
-            parts.append({"vectors": tokens_TxC} if code is None else _coded(code, tokens_TxC))
+            parts.append({"vectors": tokens_TxC} if code is None else _coded(device_code or code, tokens_TxC))
         offsets = np.zeros(1 + sum(map(len, lengths)), np.int64)
         np.cumsum(np.concatenate(lengths), out=offsets[1:])
         return cls(code, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, offsets)
@@ -122,7 +127,7 @@ def score_tokens(code: TokenCode | None, q_BxQxC: Array, tokens: dict[str, Array
 def _coded(code: TokenCode, tokens_TxC: np.ndarray) -> dict[str, np.ndarray]:
     """Codes of tokens, in batches of one compiled shape."""
     total = len(tokens_TxC)
-    out = {
+    out: dict[str, np.ndarray] = {
         "cell": np.empty(total, np.uint16),
         "packed": np.empty((total, code.residual_bytes), np.uint8),
         "gain": np.empty(total, np.uint8),

@@ -1,0 +1,235 @@
+"""A plan as a table for people and as JSON for programs, with what to change where it does not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+from rich.console import Console
+from rich.table import Table
+
+from jmlr_jax.config import Config
+from jmlr_jax.estimate import VECTOR_FORWARD
+from jmlr_jax.flops import GIB
+from jmlr_jax.plan import MEDQA_QUESTIONS, SPARE, Plan, PlanError, Program, make_plan, search
+
+NOTES = (
+    "Seconds are estimates: cycles of every operation by the TPU compiler over the chip's clock; it has run nowhere.",
+    f"Attention kernels have no estimate of the compiler's; theirs is a roofline: products at the chip's peak, then "
+    f"{VECTOR_FORWARD} and more vector operations a score, one after the other.",
+    "Collectives: bytes over a corner chip's links; those beside other work count as far as they outlast it.",
+    "FLOPs by METHOD: every row at its full length, nothing computed twice, causal attention over visible pairs.",
+    f"An epoch is {MEDQA_QUESTIONS:,} questions (MedQA's training set) through the step, without refreshes and "
+    "evaluation; dollars are an on-demand price per chip-hour of jmlr_jax/flops.py, an assumption.",
+)
+
+
+def run(cfg: Config, topology: str | None, try_all: bool, json_path: str | None) -> None:
+    """Makes and prints a plan; with `try_all` of every mesh, and then in full of the fastest that fits.
+
+    Raises:
+        PlanError, ShardingError: see :func:`jmlr_jax.plan.make_plan`; also no mesh that divides, or none that fits.
+    """
+    console, notes = Console(), Console(stderr=True)
+    if try_all:
+        found = []
+        for one in search(cfg, topology):
+            found.append(one)
+            time = "does not fit" if one.seconds is None else f"{one.seconds:.2f} s"
+            notes.print(f"{one.mesh}, accumulate {one.cfg.train.accumulate}: {time}", highlight=False)
+        print_search(found, console)
+        fitting = [one for one in found if one.seconds is not None and one.step.spare >= SPARE]
+        if not fitting:
+            raise PlanError(f"none of {len(found)} layouts fits with {SPARE:.0%} to spare: take a larger slice")
+        cfg = min(fitting, key=lambda one: one.seconds or 0).cfg
+    notes.print("compiling; minutes for a large model")
+    plan = make_plan(cfg, topology)
+    print_plan(plan, console)
+    if json_path is not None:
+        epath.Path(json_path).write_text(json.dumps(to_json(plan), indent=1) + "\n")
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values; times are null where the step does not fit, and `breakdown` holds the tables."""
+    step, seconds = plan.step, plan.seconds
+    estimate, questions = step.estimate, plan.cfg.train.batch_size
+    breakdown: dict[str, Any] = {"hbm_gib": _gib(step)}
+    if estimate is not None:
+        breakdown["seconds"] = estimate.seconds
+        breakdown["flops"] = {
+            "recomputed": estimate.recomputed * plan.chips,
+            "attention_kernels": estimate.kernel_flops * plan.chips,
+            "encode": plan.work.encode * questions,
+            "judge": plan.work.judge * questions,
+            "read": plan.work.read * questions,
+        }
+        breakdown["collective_gib"] = {name: size / GIB for name, size in estimate.collective_bytes.items()}
+        breakdown["cost_per_epoch_usd_assumed"] = cost(plan)
+    for name, program in (("encode_step", plan.encode), ("evaluation_step", plan.evaluate)):
+        if program is not None:
+            breakdown[name] = {
+                "fits": program.fits,
+                "hbm_gib": _gib(program),
+                "seconds_estimated": program.estimate.total if program.estimate else None,
+            }
+    return {
+        "fits": step.fits,
+        "topology": plan.topology,
+        "mesh": plan.mesh,
+        "hbm_gib": {"used": step.used / GIB, "available": step.available / GIB},
+        "flops": {
+            "compiled": estimate.flops * plan.chips if estimate else None,
+            "analytic": plan.work.total * questions,
+        },
+        "step_seconds_estimated": seconds,
+        "mfu_estimated": plan.mfu,
+        "questions_per_step": questions,
+        "epoch_hours_estimated": plan.epoch_hours,
+        "breakdown": breakdown,
+    }
+
+
+def cost(plan: Plan) -> float | None:
+    """US dollars of an epoch at the assumed price."""
+    return None if plan.epoch_hours is None else plan.epoch_hours * plan.chips * plan.chip.price
+
+
+def verdict(plan: Plan) -> list[str]:
+    """Whether it fits, in plain words, and if not, which settings to turn, the first first."""
+    lines = []
+    for name, program in (("the joint step", plan.step), ("encoding", plan.encode), ("evaluation", plan.evaluate)):
+        if program is None:
+            continue
+        used, available = program.used / GIB, program.available / GIB
+        if program.fits and program.spare >= SPARE:
+            lines.append(f"{name} fits: {used:.1f} of {available:.1f} GiB a chip, {program.spare:.0%} spare")
+            continue
+        word = "fits narrowly" if program.fits else "DOES NOT FIT"
+        lines.append(
+            f"{name} {word}: {used:.1f} of {available:.1f} GiB a chip. To change it: {'; '.join(knobs(plan, program))}"
+        )
+    return lines
+
+
+def knobs(plan: Plan, program: Program) -> list[str]:
+    """Settings that lower the memory of a program, those that cost the least time first."""
+    cfg, mesh = plan.cfg, plan.mesh
+    if program is plan.encode:
+        return [f"index.encode_batch={max(cfg.index.encode_batch // 2, 1)}"]
+    rows = mesh["data"] * mesh["fsdp"]
+    found = []
+    held = program.parts["weights"] + program.parts["optimizer"]
+    if mesh["data"] > 1:
+        found.append(f"mesh.data=1 mesh.fsdp={rows} (weights over more chips)")
+    if held > program.available / 2:
+        if cfg.generator.lora is None:
+            found.append("generator.lora={} (adapters: no gradients and moments of the base)")
+        found.append(f"a larger slice: weights and optimizer alone take {held / GIB:.1f} GiB a chip")
+    if program is plan.evaluate:
+        if cfg.eval.batch_size > rows:
+            found.append(f"eval.batch_size={max(cfg.eval.batch_size // 2 // rows, 1) * rows}")
+    else:
+        pieces = cfg.train.accumulate * 2
+        if cfg.generator.llama.remat != "full":
+            found.append("generator.llama.remat=full")
+        if cfg.train.batch_size % pieces == 0 and cfg.train.batch_size // pieces % rows == 0:
+            found.append(f"train.accumulate={pieces}")
+        if cfg.retriever.bert.remat != "full":
+            found.append("retriever.bert.remat=full")
+    heads = cfg.generator.llama.num_kv_heads
+    if mesh["fsdp"] % 2 == 0 and heads % (mesh["tensor"] * 2) == 0:
+        found.append(f"mesh.fsdp={mesh['fsdp'] // 2} mesh.tensor={mesh['tensor'] * 2} with half the train.batch_size")
+    found.append("a lower generator.max_length")
+    return found
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Tables of memory, work and time, then the verdict and what the figures rest on."""
+    cfg = plan.cfg
+    shape = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    console.print(
+        f"[bold]{plan.topology}[/bold]: {plan.chips} chips {plan.chip.name}, {shape}; "
+        f"{cfg.train.batch_size} questions a step in {cfg.train.accumulate} microbatches"
+    )
+    console.print(_memory_table(plan))
+    if plan.step.estimate is not None:
+        console.print(_time_table(plan))
+        console.print(_summary_table(plan))
+    for line in verdict(plan):
+        console.print(line, highlight=False)
+    for note in NOTES:
+        console.print(f"[dim]{note}[/dim]", highlight=False)
+
+
+def print_search(plans: Sequence[Plan], console: Console) -> None:
+    """All that was tried, the fastest that fits with room to spare first."""
+    table = Table(
+        "mesh (data x fsdp x tensor)", "accumulate", "HBM GiB", "s a step", "MFU", "questions/h", title="search"
+    )
+    for plan in sorted(plans, key=lambda p: (p.step.spare < SPARE or not p.step.fits, p.seconds or p.step.used)):
+        time = plan.seconds
+        table.add_row(
+            " x ".join(str(size) for size in plan.mesh.values()),
+            str(plan.cfg.train.accumulate),
+            f"{plan.step.used / GIB:.1f}" + ("" if plan.step.fits else " does not fit"),
+            "" if time is None else f"{time:.2f}",
+            "" if plan.mfu is None else f"{plan.mfu:.0%}",
+            "" if time is None else f"{plan.cfg.train.batch_size / time * 3600:,.0f}",
+        )
+    console.print(table)
+
+
+def _gib(program: Program) -> dict[str, float]:
+    parts = {name: size / GIB for name, size in program.parts.items()}
+    return {**parts, "used": program.used / GIB, "available": program.available / GIB}
+
+
+def _memory_table(plan: Plan) -> Table:
+    programs = {"joint step": plan.step, "encoding": plan.encode, "evaluation": plan.evaluate}
+    there = {name: program for name, program in programs.items() if program is not None}
+    table = Table("GiB a chip", *there, title="memory, by the compiler")
+    for part in ("weights", "optimizer", "batch", "temporaries", "results", "code"):
+        table.add_row(part, *(f"{program.parts.get(part, 0) / GIB:.2f}" for program in there.values()))
+    table.add_section()
+    table.add_row("together", *(f"{program.used / GIB:.2f}" for program in there.values()))
+    table.add_row("available", *(f"{program.available / GIB:.2f}" for program in there.values()))
+    return table
+
+
+def _time_table(plan: Plan) -> Table:
+    assert plan.step.estimate is not None and plan.seconds is not None
+    table = Table("part of the joint step", "seconds, estimated", "share", title="time")
+    for name, time in plan.step.estimate.seconds.items():
+        table.add_row(name.replace("_", " "), f"{time:.3f}", f"{time / plan.seconds:.0%}")
+    table.add_section()
+    table.add_row("together", f"{plan.seconds:.3f}", "")
+    return table
+
+
+def _summary_table(plan: Plan) -> Table:
+    estimate, seconds, hours = plan.step.estimate, plan.seconds, plan.epoch_hours
+    assert estimate is not None and seconds is not None and hours is not None
+    needed, compiled = plan.work.total * plan.cfg.train.batch_size, estimate.flops * plan.chips
+    once = compiled - estimate.recomputed * plan.chips
+    table = Table("", "estimated", title="work and cost")
+    table.add_row("TFLOP a step by METHOD", f"{needed / 1e12:,.0f} ({plan.work.total / 1e12:.0f} a question)")
+    table.add_row(
+        "TFLOP a step compiled", f"{compiled / 1e12:,.0f}, of which recomputed {(compiled - once) / 1e12:,.0f}"
+    )
+    table.add_row("compiled without recomputation / METHOD", f"{once / needed:.2f}")
+    table.add_row("model-FLOPs utilisation", f"{plan.mfu:.1%}")
+    moved = sum(estimate.collective_bytes.values())
+    table.add_row(
+        "collectives, GiB received by a chip", f"{moved / GIB:.1f}, waited for {estimate.exposed:.0%} of their time"
+    )
+    table.add_row("questions an hour", f"{plan.cfg.train.batch_size / seconds * 3600:,.0f}")
+    table.add_row(f"epoch of MedQA ({MEDQA_QUESTIONS:,})", f"{hours:.2f} h, {cost(plan):,.0f} US dollars assumed")
+    for name, program in (("encoding", plan.encode), ("evaluation", plan.evaluate)):
+        if program is not None and program.estimate is not None:
+            rows = plan.cfg.index.encode_batch if name == "encoding" else plan.cfg.eval.batch_size
+            unit = "passages" if name == "encoding" else "questions"
+            time = program.estimate.total
+            table.add_row(f"{name}, a batch of {rows}", f"{time:.3f} s, {rows / time * 3600:,.0f} {unit} an hour")
+    return table
