@@ -8,7 +8,6 @@ from runs import one_device, tiny_config
 
 from jmlr_jax import pipeline, tables, train
 from jmlr_jax.config_io import ConfigError
-from jmlr_jax.data.batches import Prepared
 from jmlr_jax.run import Run
 
 ARMS = ["jmlr", "frozen", "separate", "bm25", "random", "closed_book"]
@@ -94,7 +93,7 @@ def test_training_does_not_look_at_gold_passages(finished, tmp_path, patch):
     """Recall is measured with them, nothing else: batches are the same without."""
     shutil.copytree(finished / "seed_0" / "data", tmp_path / "data")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(Prepared, "gold", lambda self, split, row: self.tokens(f"{split}.gold").row(row)[:0])
+        monkeypatch.setattr(Run, "gold", lambda self, split: [[] for _ in self.prepared.questions(split)])
         pipeline.train(tiny_config(tmp_path, train=SHORT), "jmlr")
     name = "arms/jmlr/metrics.jsonl"
     rows = [[json.loads(x) for x in (d / name).read_text().splitlines()] for d in (tmp_path, finished / "seed_0")]
