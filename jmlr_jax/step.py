@@ -199,8 +199,7 @@ def make_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> StepFn
         grads = jax.tree.map(lambda g: g / pieces, grads)
         metrics = {name: m if name.startswith("prompt/") else m / pieces for name, m in metrics.items()}
 
-        params, opt, norms = apply(state["params"], state["opt"], grads)
-        good = jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
+        params, opt, norms, good = apply(state["params"], state["opt"], grads)
         state = {
             "step": state["step"] + 1,
             "key": state["key"],
@@ -218,14 +217,15 @@ def make_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> StepFn
 @jax.named_scope("update")
 def _update(
     optimizer: optax.GradientTransformation, params: Weights, opt: Any, grads: Weights
-) -> tuple[Weights, Any, Metrics]:
-    """METHOD step 7: weights and optimizer after one update, as they were if it is not finite; gradient norms."""
+) -> tuple[Weights, Any, Metrics, Array]:
+    """METHOD step 7: weights and optimizer after one update, or as they were if it is not finite; gradient norms; and
+    whether it is finite."""
     norms = {f"grad_norm/{half}": optax.tree.norm(tree) for half, tree in grads.items()}
     good = jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
     updates, new_opt = optimizer.update(grads, opt, params)
     new = optax.apply_updates(params, updates), new_opt
     params, opt = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, (params, opt))
-    return params, opt, norms
+    return params, opt, norms, good
 
 
 def init_state(params: Weights, optimizer: optax.GradientTransformation, key: Array) -> State:

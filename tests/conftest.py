@@ -29,12 +29,17 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="module")
 def quick_compile() -> Iterator[None]:
-    """For files whose time is compilation: XLA leaves out its dear optimizations, which halves it."""
+    """For files whose time is compilation: XLA leaves out its dear optimizations, which halves it.
+
+    What was compiled so is forgotten afterwards: it rounds otherwise, and a file that mixed the two kinds would see a
+    seed's initial weights change under it.
+    """
     import jax
 
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
