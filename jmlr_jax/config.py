@@ -136,6 +136,9 @@ class GeneratorConfig(Strict):
     )
     tokenizer: str = Field("train", description="'train' a small one in `jmlr prepare`, or a tokenizer directory")
     tokenizer_vocab: PositiveInt = 4096
+    tokenizer_lowercase: bool = Field(
+        False, description="a tokenizer made here reads small letters only: a word is the same wherever it stands"
+    )
     llama: LlamaConfig = LlamaConfig()
     copy_init: float = Field(
         0.7, ge=0, le=1, description="scratch only: how much attention starts as a copier (nn/copying.py)"

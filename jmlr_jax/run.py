@@ -26,6 +26,7 @@ from jmlr_jax.files import write_text
 from jmlr_jax.hf.load import load_generator, load_retriever
 from jmlr_jax.nn.copying import favour_copying
 from jmlr_jax.nn.functional import abstract_params, init_colbert, init_llama, logical_axes
+from jmlr_jax.retrieval.bm25 import BM25
 from jmlr_jax.sharding import make_mesh, shardings
 
 Weights = dict[str, Any]
@@ -72,6 +73,11 @@ class Run:
     def llama(self) -> LlamaConfig:
         """The generator's shape with its vocabulary resolved."""
         return self._initial[1]
+
+    @cached_property
+    def lexical(self) -> BM25:
+        """BM25 over the passages."""
+        return BM25([f"{passage.title} {passage.text}" for passage in self.prepared.passages])
 
     def initial_weights(self) -> Weights:
         """``retriever``, ``generator`` and, under adapters, ``base``: fresh copies, placed on the mesh."""

@@ -21,7 +21,6 @@ from jmlr_jax.encode import encode_corpus, encode_queries_batched
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.nn.functional import encode_passages, encode_queries
 from jmlr_jax.pipeline import INITIAL, retriever_of
-from jmlr_jax.retrieval.bm25 import BM25
 from jmlr_jax.retrieval.fusion import reciprocal_rank, write_trec
 from jmlr_jax.retrieval.store import Index, open_index, params_fingerprint
 from jmlr_jax.run import Run
@@ -82,11 +81,6 @@ class Engine:
         """Source of every passage, by row."""
         return np.array([passage.source for passage in self.run.prepared.passages])
 
-    @cached_property
-    def lexical(self) -> BM25:
-        """BM25 over the same passages."""
-        return BM25([self.prompts.retrieved(passage) for passage in self.run.prepared.passages])
-
     def allowed(self, sources: Sequence[str]) -> np.ndarray | None:
         """bool by row, the passages of these sources; None for all if none is named.
 
@@ -146,7 +140,7 @@ class Engine:
         if not hybrid:
             return rows, scores
         everything = len(self.sources) if allowed is not None else depth
-        words, _ = self.lexical.search(texts, everything)
+        words, _ = self.run.lexical.search(texts, everything)
         if allowed is not None:
             words = np.where((words >= 0) & allowed[np.maximum(words, 0)], words, -1)
             words = np.take_along_axis(words, np.argsort(words < 0, axis=1, kind="stable"), 1)[:, :depth]

@@ -23,7 +23,6 @@ from jmlr_jax.encode import encode_corpus, encode_queries_batched
 from jmlr_jax.files import replacing
 from jmlr_jax.nn.functional import encode_passages, encode_queries
 from jmlr_jax.placement import own_mesh
-from jmlr_jax.retrieval.bm25 import BM25
 from jmlr_jax.retrieval.build import build_index
 from jmlr_jax.retrieval.candidates import build_table, merged_table, mixed_table, overlap, random_table, recall
 from jmlr_jax.retrieval.store import Index, IndexUnusable, open_index, params_fingerprint
@@ -155,8 +154,7 @@ def bm25_table(run: Run, split: str, k: int, with_answer: bool = False) -> np.nd
     """BM25's k best passages for the question, or for question and right answer together (distant supervision)."""
     questions = run.prepared.questions(split)
     texts = [f"{q.question} {q.answer}" if with_answer else q.question for q in questions]
-    searcher = BM25([f"{p.title} {p.text}" for p in run.prepared.passages])
-    return searcher.search(texts, k)[0]
+    return run.lexical.search(texts, k)[0]
 
 
 class Candidates:

@@ -71,7 +71,7 @@ def test_only_passages_of_the_sources_asked_for(engine, monkeypatch):
 def test_hybrid_is_the_fusion_of_both_rankings(engine):
     texts = [engine.run.prepared.questions("dev")[row].question for row in range(3)]
     rows, _ = engine.search(texts, 5, hybrid=True)
-    alone, words = engine.search(texts, 100)[0], engine.lexical.search(texts, 100)[0]
+    alone, words = engine.search(texts, 100)[0], engine.run.lexical.search(texts, 100)[0]
     np.testing.assert_array_equal(rows, reciprocal_rank({"maxsim": alone, "bm25": words}, 5)[0])
 
 

@@ -49,6 +49,14 @@ def spelled(tokenizer, ids):
 # ---------------------------------------------------------------- tokenizers
 
 
+def test_small_letters_only(tmp_path):
+    """A title and the answer it holds are the same tokens, whichever of them begins with a capital."""
+    train_generator_tokenizer(TEXTS, 400, str(tmp_path), lowercase=True)
+    engine = encoder(load_tokenizer(str(tmp_path)))
+    assert engine.encode(" The LIVER").ids == engine.encode(" the liver").ids
+    assert engine.decode(engine.encode("The Kidney").ids) == "the kidney"
+
+
 def test_training_is_deterministic(tmp_path):
     for name in ("a", "b"):
         train_retriever_tokenizer(TEXTS, RetrieverConfig(tokenizer_vocab=300), str(tmp_path / name / "r"))

@@ -211,7 +211,9 @@ def _make_tokenizers(cfg: Config, prompts: Prompts, sources: Sources, out: Path)
         texts = [prompts.reference(passage) for passage in passages]
         texts += [prompts.question(question.question, question.options) for question in train]
         texts += [prompts.answer(question) for question in train]
-        train_generator_tokenizer(texts, cfg.generator.tokenizer_vocab, directory)
+        train_generator_tokenizer(
+            texts, cfg.generator.tokenizer_vocab, directory, lowercase=cfg.generator.tokenizer_lowercase
+        )
     else:
         load_tokenizer(cfg.generator.tokenizer).save_pretrained(directory)
 

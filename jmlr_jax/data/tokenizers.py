@@ -156,8 +156,12 @@ def train_retriever_tokenizer(texts: Sequence[str], cfg: RetrieverConfig, direct
     ).save_pretrained(directory)
 
 
-def train_generator_tokenizer(texts: Sequence[str], vocab_size: int, directory: str) -> None:
+def train_generator_tokenizer(
+    texts: Sequence[str], vocab_size: int, directory: str, *, lowercase: bool = False
+) -> None:
     """Trains a byte-level BPE and saves it as a directory: any text has tokens, and common words are single ones.
+
+    With ``lowercase`` it reads, and so writes, small letters only.
 
     Raises:
         TokenizerError: if ``vocab_size`` cannot hold the bytes and the special tokens.
@@ -166,6 +170,8 @@ def train_generator_tokenizer(texts: Sequence[str], vocab_size: int, directory: 
         least = BYTES + len(_GENERATOR_SPECIALS)
         raise TokenizerError(f"generator.tokenizer_vocab={vocab_size} must be at least {least} (bytes, special tokens)")
     engine = Tokenizer(models.BPE())
+    if lowercase:
+        engine.normalizer = normalizers.Lowercase()
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
