@@ -239,14 +239,16 @@ class WarmupConfig(Strict):
     One passage is read at a time, the rank loss is off. With probability `distant_share` it is one that BM25 finds for
     question and right answer together (distant supervision: the answer is a training label, the gold passage is not
     used); else one that BM25 finds for the question alone, or a random one: not everything read is to be trusted. With
-    `rename` the words that occur in answers are exchanged at random in each example, alike in passage, options and
-    answer: no fact can be memorised and reading is the only way to a lower loss. 0 steps for a pre-trained generator.
+    `rename` words that occur in answers are exchanged at random in each example, alike in passage, options and answer:
+    no fact can be memorised and reading is the only way to a lower loss. 0 steps for a pre-trained generator.
     """
 
     steps: int = Field(3000, ge=0)
     distant_share: tuple[Share, Share] = Field((0.8, 0.1), description="at the first step and, linearly, at the last")
     distant_depth: PositiveInt = Field(3, description="how many of the distant passages are in play")
-    rename: bool = Field(True, description="exchange answer tokens at random in each example")
+    rename: Share = Field(
+        1.0, description="exchange answer tokens that at most this share of passages holds; 0: none, 1: all"
+    )
     learning_rate: float = Field(3e-3, gt=0)
 
 

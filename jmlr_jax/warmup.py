@@ -32,13 +32,12 @@ class ReadingLessons:
 
         All draws are for the whole batch, so that it does not depend on who makes which part of it.
         """
-        cfg = self.run.cfg.train.warmup
         rng = np.random.default_rng((self.run.cfg.seed, step))
         near = self._pick(rng, self.distant[rows])
         other = self._pick(rng, self.others[rows])
         table_Bx1 = np.where(rng.random(len(rows)) < self._distant_share(step), near, other)[:, None]
         batch = assemble(self.run.prepared, "train", rows, table_Bx1)
-        batch = rename(batch, self.answer_tokens, rng) if cfg.rename else batch
+        batch = rename(batch, self.renamed, rng) if len(self.renamed) else batch
         return {name: x_B[held] for name, x_B in batch.items()}
 
     def _distant_share(self, step: int) -> float:
@@ -46,14 +45,24 @@ class ReadingLessons:
         return first + (last - first) * step / self.run.cfg.train.warmup.steps
 
     @cached_property
-    def answer_tokens(self) -> np.ndarray:
-        """Sorted ids of the generator's tokens that occur in training answers, special tokens left out."""
-        ids = self.run.prepared.generator_ids
-        rows = np.arange(len(self.run.prepared.questions("train")))
-        answers, _ = self.run.prepared.tokens("train.answers").padded(
-            rows, self.run.prepared.card["lengths"]["answer"], ids.pad
-        )
-        return np.setdiff1d(answers, [ids.pad, ids.bos, ids.eos])
+    def renamed(self) -> np.ndarray:
+        """Sorted ids of the generator's tokens that renaming exchanges: of training answers, not special ones, and in
+        no more passages than ``train.warmup.rename`` allows (of real language the common words had better stay)."""
+        prepared = self.run.prepared
+        ids, most = prepared.generator_ids, self.run.cfg.train.warmup.rename
+        rows = np.arange(len(prepared.questions("train")))
+        answers, _ = prepared.tokens("train.answers").padded(rows, prepared.card["lengths"]["answer"], ids.pad)
+        found = np.setdiff1d(answers, [ids.pad, ids.bos, ids.eos])
+        if most == 1:
+            return found
+        held = self._passages_with()[found]
+        return found[(held > 0) & (held <= most * len(prepared.passages))]
+
+    def _passages_with(self) -> np.ndarray:
+        """int64 [V]: how many passages hold a token of the generator."""
+        table, size = self.run.prepared.tokens("references"), self.run.prepared.generator_ids.vocab_size
+        row = np.repeat(np.arange(len(table.offsets) - 1), np.diff(table.offsets))
+        return np.bincount(np.unique(row * size + table.ids) % size, minlength=size)
 
     @staticmethod
     def _pick(rng: np.random.Generator, table_BxK: np.ndarray) -> np.ndarray:

@@ -1,5 +1,7 @@
 """The reading warm-up: renaming keeps what is to be read, lessons are reproducible, gold ids are not used."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from runs import one_device, open_run
@@ -27,7 +29,7 @@ def lessons(run):
 @pytest.fixture(scope="module")
 def renamed(run, lessons):
     plain = assemble(run.prepared, "train", ROWS, lessons.distant[ROWS][:, :1])
-    return plain, rename(plain, lessons.answer_tokens, np.random.default_rng(0))
+    return plain, rename(plain, lessons.renamed, np.random.default_rng(0))
 
 
 def test_renaming_is_one_bijection_of_the_answer_tokens_for_each_example(renamed, lessons):
@@ -39,7 +41,7 @@ def test_renaming_is_one_bijection_of_the_answer_tokens_for_each_example(renamed
         }
         assert len({x for x, _ in pairs}) == len({y for _, y in pairs}) == len(pairs)  # both ways, in all pieces alike
         moved = {(x, y) for x, y in pairs if x != y}
-        assert moved and {token for pair in moved for token in pair} <= set(lessons.answer_tokens.tolist())
+        assert moved and {token for pair in moved for token in pair} <= set(lessons.renamed.tolist())
         exchanges.append(frozenset(moved))
     assert len(set(exchanges)) == len(ROWS)  # another one for each example
 
@@ -55,7 +57,20 @@ def test_renaming_leaves_the_retrievers_tokens_lengths_and_the_batch_it_was_give
 
 def test_special_tokens_are_never_renamed(run, lessons):
     ids = run.prepared.generator_ids
-    assert len(lessons.answer_tokens) and not {ids.pad, ids.bos, ids.eos} & set(lessons.answer_tokens.tolist())
+    assert len(lessons.renamed) and not {ids.pad, ids.bos, ids.eos} & set(lessons.renamed.tolist())
+
+
+def test_common_words_keep_their_names_if_asked(lessons, run, monkeypatch):
+    """With a limit exactly the answer tokens are exchanged that no more passages hold than it allows."""
+    table = run.prepared.tokens("references")
+    held = [set(table.ids[a:b].tolist()) for a, b in zip(table.offsets[:-1], table.offsets[1:], strict=True)]
+    count = {token: sum(token in ids for ids in held) for token in lessons.renamed.tolist()}
+    limit = float(np.median(list(count.values()))) / len(held)
+    warmup = run.cfg.train.warmup.model_copy(update={"rename": limit})
+    train = run.cfg.train.model_copy(update={"warmup": warmup})
+    other = ReadingLessons(dataclasses.replace(run, cfg=run.cfg.model_copy(update={"train": train})))
+    rare = [token for token, found in count.items() if 0 < found <= limit * len(held)]
+    assert other.renamed.tolist() == rare and 0 < len(rare) < len(count)
 
 
 def test_a_lesson_depends_on_seed_step_and_rows_alone(lessons, run):
@@ -73,7 +88,7 @@ def test_a_lesson_depends_on_seed_step_and_rows_alone(lessons, run):
 @pytest.mark.parametrize("first, last", [(0.0, 0.0), (0.6, 0.6), (1.0, 0.0), (1.0, 1.0)])
 def test_the_share_of_passages_found_with_the_answer(tiny_data, tmp_path, monkeypatch, first, last):
     one_device(monkeypatch)
-    warmup = {"steps": 5, "distant_share": (first, last), "rename": False}
+    warmup = {"steps": 5, "distant_share": (first, last), "rename": 0.0}
     lessons = ReadingLessons(open_run(tiny_data, tmp_path, train={"warmup": warmup}))
     seen = []
     monkeypatch.setattr("jmlr_jax.warmup.assemble", lambda _p, _s, rows, table: seen.append(table) or {})
