@@ -16,7 +16,16 @@ from jmlr_jax import sharding
 from jmlr_jax.config import MeshConfig
 from jmlr_jax.nn import functional as F
 from jmlr_jax.optim import make_optimizer, state_shardings
-from jmlr_jax.step import StepSpec, init_state, joint_loss, judge, make_step, passages_to_read
+from jmlr_jax.step import (
+    StepSpec,
+    answer_losses,
+    choose,
+    init_state,
+    joint_loss,
+    judge,
+    make_step,
+    passages_to_read,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -139,6 +148,18 @@ def test_judging_has_no_dropout_and_training_has_it() -> None:
     without = spec(lora=LORA.model_copy(update={"dropout": 0.0}))
     _, never = jax.jit(partial(joint_loss, spec=without))(params, still, batch(), KEY)
     assert first["loss/rank"] == pytest.approx(float(never["loss/rank"]), rel=1e-5)  # nor the same one every time
+
+
+def test_judging_adds_the_adapters_to_the_base_as_reading_does() -> None:
+    of = {k: jnp.asarray(v) for k, v in batch().items() if k != "gumbel_BxK"}
+    index, taken = jnp.zeros((4, 1), jnp.int32), jnp.ones((4, 1), bool)
+    having = frozen() | {"base": weights()["generator"], "generator": adapters()}
+    nll_Bx1 = jax.jit(partial(judge, spec(lora=LORA)))(having, of, index, taken)
+    alone = jax.jit(choose)(of, index, taken)
+    nll_B, _ = jax.jit(lambda w, b: answer_losses(spec(lora=LORA), w, b, None))(having, alone)
+    np.testing.assert_allclose(nll_Bx1[:, 0], nll_B, rtol=1e-5)
+    bare = jax.jit(partial(judge, spec()))({"generator": weights()["generator"]}, of, index, taken)
+    assert np.abs(nll_Bx1 - bare).min() > 1e-3
 
 
 def test_adapters_train_and_their_base_does_not() -> None:
