@@ -7,7 +7,7 @@ MedQuAD's passages and test questions, MiniLM's token vectors of both (``retriev
 every system; encoding questions is not timed. One row a system: recall of the 30 best by exact MaxSim, questions per
 second in one batch and one at a time, latencies, build time, bytes on disk. Systems take turns in ``--rounds`` rounds
 of one run and the medians are kept, so that what else the machine does meets them all. ``--quality`` writes nDCG@10 and
-recall@k on the human judgements of LiveQA and on MedQuAD's own question-answer pairs.
+recall@k, with bootstrap intervals, on the human judgements of LiveQA and on MedQuAD's own question-answer pairs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy as np
 import retrieval_vectors as source
 
 from jmlr_jax.config import IndexConfig
+from jmlr_jax.metrics import bootstrap_interval
 from jmlr_jax.retrieval.bm25 import BM25
 from jmlr_jax.retrieval.build import build_index_of_pieces, sample_rows
 from jmlr_jax.retrieval.exact import ExactIndex, ExactSearch
@@ -33,7 +34,7 @@ from jmlr_jax.retrieval.store import open_index
 from jmlr_jax.retrieval.tune import share_found
 from jmlr_jax.retrieval.vectors import TokenVectors
 
-TOP, PIECE, TUNING = 30, 1024, 200  # the first TUNING test questions tune our index and are not measured
+TOP, PIECE, TUNING = 30, 1024, 100  # the first TUNING test questions tune our index and are not measured
 Search = Callable[[int, int], tuple[np.ndarray, float]]  # questions from, to -> rows [n, 30] and seconds
 
 
@@ -188,47 +189,62 @@ def measure(systems: dict[str, Search], batch: int, single: int, rounds: int) ->
     return found
 
 
-def quality(world: World, index: Any, bm25: BM25) -> list[dict[str, Any]]:
-    """nDCG@10 and recall@k of the rankings of both sets of questions.
+def quality(world: World, index: Any, bm25: BM25, truth: np.ndarray) -> list[dict[str, Any]]:
+    """nDCG@10 and recall@k of the rankings of both sets of questions, each with its interval of 95%.
 
-    LiveQA: graded judgements (gain = grade), recall of passages graded 2 or 3, over questions that have one.
-    MedQuAD: a question's own answer passages, over all test questions with one in the corpus.
+    LiveQA: graded judgements (gain = grade), recall of passages graded 2 or 3, over questions that have one. Only what
+    systems of 2017 had found was judged: ``judged@10`` is the share of a ranking's first ten that anyone has looked at,
+    and what nobody has counts as wrong.
+    MedQuAD: a question's own answer passages, over the questions that ``truth`` ranks.
     """
     grades: dict[str, dict[int, int]] = {}
     for line in (source.DATA / "qrels.tsv").read_text().splitlines():
         query, _, passage, grade = line.split()
         if passage in world.row:
             grades.setdefault(query, {})[world.row[passage]] = int(grade)
-    exact = None
     rows_out = []
     for name, asked in world.questions.items():
         texts = [source.query_text(question) for question in asked]
         if name == "liveqa":
             gold = [grades.get(question["id"], {}) for question in asked]
             right = [{row for row, g in one.items() if g >= 2} for one in gold]
+            use = [at for at, one in enumerate(right) if one]
         else:
             right = [{world.row[d] for d in question["answer_doc_ids"] if d in world.row} for question in asked]
             gold = [dict.fromkeys(one, 1) for one in right]
-        use = [at for at, one in enumerate(right) if one]
+            use = [at for at, one in enumerate(right) if one and TUNING <= at < TUNING + len(truth)]
         q, pooled = world.q(name)[use], world.queries[name]["pooled_NxD"][use]
         words, _ = bm25.search([texts[at] for at in use], 100)
         mine, _ = index.search(q, 100)
-        exact = ExactSearch(q, TOP)
-        for number, piece in enumerate(world.pieces()):
-            exact.add(piece, number * PIECE)
+        if name == "liveqa":
+            search = ExactSearch(q, TOP)
+            for number, piece in enumerate(world.pieces()):
+                search.add(piece, number * PIECE)
+            exact = search.result()[0]
+        else:
+            exact = truth[np.array(use) - TUNING]
         rankings = {
             "BM25": words,
             "pooled MiniLM": np.argsort(-(pooled @ world.pooled_NxD.T), axis=1)[:, :TOP],
-            "exact MaxSim": exact.result()[0],
+            "exact MaxSim": exact,
             "ours": mine,
             "hybrid (ours + BM25)": reciprocal_rank({"ours": mine, "bm25": words}, TOP)[0],
         }
         for system, rows in rankings.items():
             row: dict[str, Any] = {"questions": name, "n": len(use), "system": system}
-            row["ndcg@10"] = round(float(np.mean([ndcg(r, gold[at]) for r, at in zip(rows, use, strict=True)])), 4)
+            each = {"ndcg@10": [ndcg(r, gold[at]) for r, at in zip(rows, use, strict=True)]}
             for k in (1, 5, 10, TOP):
-                hit = [len(right[at] & set(r[:k].tolist())) / len(right[at]) for r, at in zip(rows, use, strict=True)]
-                row[f"recall@{k}"] = round(float(np.mean(hit)), 4)
+                each[f"recall@{k}"] = [
+                    len(right[at] & set(r[:k].tolist())) / len(right[at]) for r, at in zip(rows, use, strict=True)
+                ]
+            if name == "liveqa":
+                each["judged@10"] = [
+                    float(np.mean([r in gold[at] for r in one[:10].tolist()]))
+                    for one, at in zip(rows, use, strict=True)
+                ]
+            for measure_name, values in each.items():
+                found = bootstrap_interval(values)
+                row[measure_name] = [round(x, 4) for x in (float(np.mean(values)), found.low, found.high)]
             rows_out.append(row)
     return rows_out
 
@@ -250,11 +266,12 @@ def main() -> None:
     parser.add_argument("--peers", help="python of the environment of retrieval_peers.py; without it ours alone")
     parser.add_argument("--parts", type=int, help="parts of 1,024 passages; default: all")
     parser.add_argument("--bits", type=float, nargs="+", default=[IndexConfig().bits], help="codes of ours to compare")
-    parser.add_argument("--batch", type=int, default=256, help="questions in a batch")
+    parser.add_argument("--plaid-bits", type=int, nargs="+", default=[2], help="codes of fast-plaid to compare")
+    parser.add_argument("--batch", type=int, default=128, help="questions in a batch")
     parser.add_argument("--single", type=int, default=50, help="questions asked one at a time")
     parser.add_argument("--exact", type=int, default=16, help="questions of the exact search, in its one batch")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("index", nargs="*", help="overrides of the index: directions=256 recall=0.97")
+    parser.add_argument("index", nargs="*", help="overrides of the index: rerank=4000 recall=0.96")
     args = parser.parse_args()
     world = World(args.cache, args.parts)
     questions = world.q("medquad")[TUNING : TUNING + args.batch]
@@ -280,8 +297,8 @@ def main() -> None:
         if args.peers:
             peers = Peers(args.peers, world, args.cache / f"peers_{len(world.passages)}", TUNING)
             wanted: dict[str, dict[str, Any]] = {"FAISS IVF, pooled": {}}
-            for nbits in (2, 4):
-                for full, probe in ((4096, 8), (1024, 4)):
+            for nbits in args.plaid_bits:
+                for full, probe in ((4096, 8), (1024, 4), (8192, 32)):
                     knobs = {"nbits": nbits, "n_full_scores": full, "n_ivf_probe": probe}
                     wanted[f"fast-plaid, {nbits} bits, {full} scored, {probe} probed"] = {"plaid": knobs}
             for name, how in wanted.items():
@@ -305,7 +322,7 @@ def main() -> None:
         if args.json:
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
         if args.quality:
-            judged = quality(world, index, bm25)
+            judged = quality(world, index, bm25, truth)
             args.quality.write_text(json.dumps(judged, indent=1) + "\n")
             print("\n".join(json.dumps(row) for row in judged))
 

@@ -9,8 +9,8 @@ compete with the real ones and no two are equal. They are made again from their 
 Questions are MedQuAD's; the truth is exact MaxSim over everything. Each size runs in a process of its own, for its
 peak of memory.
 
-``--size`` prints the sizing table alone, from the JSON of an earlier run: what grows with passages, tokens and
-encodings is counted, seconds are least squares through the measured points.
+``--size`` prints the sizing table alone, from the JSON of an earlier run: bytes are counted, seconds follow the work
+that is to be done (:func:`assigning`) at the speed of the two largest measured points.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from typing import Any
 import numpy as np
 import retrieval_vectors as source
 from retrieval import PIECE, TOP, TUNING, World
+from scipy.optimize import nnls
 
 from jmlr_jax.config import IndexConfig
 from jmlr_jax.retrieval.build import build_index_of_pieces, sample_rows
-from jmlr_jax.retrieval.scann import ScannIndex, settings
+from jmlr_jax.retrieval.code import KMEANS_ROUNDS, TOKENS_PER_CENTROID, centroid_count
+from jmlr_jax.retrieval.scann import SAMPLE_PASSAGES, SAMPLE_TOKENS, ScannIndex, settings
 from jmlr_jax.retrieval.store import open_index
 from jmlr_jax.retrieval.vectors import TokenVectors
 
@@ -84,7 +86,7 @@ def measure(cache: Path, base: int, times: int, questions: int, overrides: dict[
     for _ in grown.pieces():
         pass
     generation = time.perf_counter() - start  # taken off below: real passages are not generated
-    cfg = IndexConfig.model_validate({"kind": "scann", "rerank": 2000, "oracle_queries": TUNING // 2, **overrides})
+    cfg = IndexConfig.model_validate({"kind": "scann", "rerank": 2000, "oracle_queries": TUNING, **overrides})
     index = build_index_of_pieces(
         grown.pieces(),
         grown.rows(sample_rows(grown.total, 0)),
@@ -92,7 +94,7 @@ def measure(cache: Path, base: int, times: int, questions: int, overrides: dict[
         cfg,
         model_fingerprint="minilm",
         corpus_fingerprint="grown",
-        sample_q_NxQxC=q[: TUNING // 2],
+        sample_q_NxQxC=q[:TUNING],
         recall_at=(TOP,),
     )
     assert index.curve is not None and isinstance(index.searcher, ScannIndex)
@@ -148,18 +150,31 @@ def picture(points: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def assigning(passages: float, tokens: float) -> float:
+    """Multiplications, in units of 1e12, that compare tokens with all centroids, to learn the code and to use it."""
+    sample = int(min(tokens, SAMPLE_TOKENS, tokens * SAMPLE_PASSAGES / passages))
+    count = centroid_count(int(tokens), sample)
+    fed = min(sample, count * TOKENS_PER_CENTROID)
+    return (tokens + (KMEANS_ROUNDS + 1) * fed) * count * source.DIM / 1e12
+
+
 def sizing(points: list[dict[str, Any]], hosts: tuple[int, ...] = (1, 8, 32)) -> str:
     """A table for 0.1M, 1M and 24M passages, with the model it follows."""
     cfg = IndexConfig()
     per_passage = points[-1]["tokens"] / points[-1]["passages"]
     code = cfg.bits * source.DIM / 8 + 3  # centroid number and gain
-    n = np.array([point["passages"] for point in points], float)
-    seconds = np.array([point["build_seconds"] for point in points])
-    slope, offset = np.polyfit(n, seconds, 1) if len(n) > 1 else (seconds[0] / n[0], 0.0)
+    work = np.array([[p["passages"] / 1e6, assigning(p["passages"], p["tokens"])] for p in points])
+    # Through the largest points without a constant: what a small build costs once is no matter at a million passages.
+    fitted, _ = nnls(work[-2:], np.array([p["build_seconds"] for p in points[-2:]]))
+
+    def seconds(passages: float, processes: int) -> float:
+        return float(fitted @ [passages / 1e6, assigning(passages, passages * per_passage)]) / processes
+
     lines = [
         f"model: {per_passage:.0f} tokens a passage at {code:.0f} bytes; ScaNN {cfg.directions // 4} bytes a passage,",
-        f"twice with a tree; {4 * cfg.directions} bytes a passage of encodings while building;",
-        f"seconds = {max(0.0, offset):.0f} + {1000 * slope:.2f} ms a passage here, the model's own encoding not in it",
+        f"twice with a tree; {4 * cfg.directions} bytes a passage of encodings while building; {fitted[0]:.0f} seconds",
+        f"a million passages and {fitted[1]:.1f} a trillion multiplications of tokens and centroids, whose number",
+        "grows with the square root of the tokens up to 16,384; the retriever's own encoding is not in it",
         "",
         "| passages | on disk | memory to search | memory to build | build | "
         + " | ".join(f"of {h}" for h in hosts[1:])
@@ -171,10 +186,10 @@ def sizing(points: list[dict[str, Any]], hosts: tuple[int, ...] = (1, 8, 32)) ->
         scann = passages * cfg.directions / 4 * (2 if settings(passages).leaves else 1)
         disk = tokens + scann + 24 * passages
         building = disk + 4 * cfg.directions * passages
-        share = [f"{disk / h / GIB:.1f} GiB, {(offset / h + slope * passages / h) / 3600:.1f} h" for h in hosts[1:]]
+        share = [f"{disk / h / GIB:.1f} GiB, {seconds(passages, h) / 3600:.1f} h" for h in hosts[1:]]
         lines.append(
             f"| {passages:,} | {disk / GIB:.1f} GiB | {(scann + 32 * passages) / GIB:.1f} GiB and page cache | "
-            f"{building / GIB:.1f} GiB | {(offset + slope * passages) / 3600:.1f} h | " + " | ".join(share) + " |"
+            f"{building / GIB:.1f} GiB | {seconds(passages, 1) / 3600:.1f} h | " + " | ".join(share) + " |"
         )
     return "\n".join(lines)
 

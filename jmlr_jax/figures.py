@@ -62,6 +62,8 @@ PANELS = {  # metric in metrics.jsonl or speed.jsonl -> (title, unit or how to r
     "index/staleness": ("Candidates replaced by a refresh", "share of the table"),
     "speed/questions_per_s": ("Questions", "per second"),
     "speed/tokens_per_s": ("Tokens read", "per second"),
+    "speed/refresh_share": ("A refresh at work beside the steps", "share of the time"),
+    "speed/refresh_wait_share": ("Steps waiting for a refresh", "share of the time"),
 }
 
 Curve = Sequence[tuple[int, float]]

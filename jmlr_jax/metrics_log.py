@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,20 @@ class MetricsLog:
       every: steps between lines of the files; the last step is always written.
       questions: per step, for the speed.
       step: steps done already; what the files hold of later ones was lost in a crash and is cut off.
+      seconds: what else the clock knows, by name, in seconds from any start; its share of the time since the last line
+        is written as ``speed/NAME_share``.
     """
 
-    def __init__(self, folder: Path, name: str, steps: int, every: int, questions: int, step: int):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        steps: int,
+        every: int,
+        questions: int,
+        step: int,
+        seconds: Callable[[], dict[str, float]] = dict,
+    ):
         self.folder, self.steps, self.every, self.questions = folder, steps, every, questions
         self._writes = is_first()
         if self._writes:
@@ -42,6 +54,7 @@ class MetricsLog:
                 _cut(folder / file, step)
         self._waiting: tuple[int, dict[str, Any], dict[str, float]] | None = None
         self._clock, self._clock_step, self._tokens = time.monotonic(), step, 0.0
+        self._seconds, self._seconds_before = seconds, seconds()
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step, write_to_disk=self._writes)
         console = distributed.console()
         columns = [TextColumn(f"[bold]{name}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)]
@@ -84,6 +97,9 @@ class MetricsLog:
                 "speed/questions_per_s": done * self.questions / seconds,
                 "speed/tokens_per_s": self._tokens / seconds,
             }
+            spent = self._seconds()
+            speed |= {f"speed/{name}_share": (s - self._seconds_before[name]) / seconds for name, s in spent.items()}
+            self._seconds_before = spent
             self._write("speed.jsonl", step, speed)
             self._clock, self._clock_step, self._tokens = time.monotonic(), step, 0.0
         now = "  ".join(f"{label} {row[name]:.3f}" for name, label in SHOWN.items() if name in row)

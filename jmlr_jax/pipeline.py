@@ -40,7 +40,7 @@ def index(cfg: Config) -> None:
     trained = from_first(lambda: [p.name for p in PHASES.values() if p.rank and _weights(run, p.name).exists()])
     for name in (None, *trained):
         with jax.set_mesh(run.mesh), run.timed("index"):
-            built = retriever_index(run, retriever_of(run, name), progress=shows_progress(console))
+            built = retriever_index(run, retriever_of(run, name), progress=shows_progress(console), keep=True)
             folder = index_folder(run, name or INITIAL)
             built.save(folder)
             gather(None)  # what process 0 reports is there of all
@@ -48,6 +48,7 @@ def index(cfg: Config) -> None:
         found = ", ".join(f"recall@{k} {r:.3f} of the exact index" for k, r in card.recall.items())
         console.print(
             f"{folder}: {card.kind} index of {card.passages:,} passages, {card.build_seconds:.1f} s"
+            + (f", updated {card.updates} times since" if card.updates else "")
             + (found and f", {found}")
         )
 

@@ -8,6 +8,8 @@ even where building an index is not deterministic.
 from __future__ import annotations
 
 import hashlib
+import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -19,15 +21,18 @@ from jax.experimental.multihost_utils import process_allgather
 
 from jmlr_jax.arms import PassageSource
 from jmlr_jax.distributed import check_same, from_first, is_first, on_first
-from jmlr_jax.encode import encode_corpus, encode_queries_batched
+from jmlr_jax.encode import encode_corpus, encode_pieces, encode_queries_batched
 from jmlr_jax.files import replacing
 from jmlr_jax.nn.functional import encode_passages, encode_queries
 from jmlr_jax.placement import own_mesh
-from jmlr_jax.retrieval.build import build_index
+from jmlr_jax.retrieval.build import build_index, changed_share, update_index
 from jmlr_jax.retrieval.candidates import build_table, merged_table, mixed_table, overlap, random_table, recall
-from jmlr_jax.retrieval.store import Index, IndexUnusable, open_index, params_fingerprint
+from jmlr_jax.retrieval.store import Index, IndexUnusable, open_index, params_fingerprint, passage_digests
+from jmlr_jax.retrieval.vectors import TokenVectors
 from jmlr_jax.run import DataError, Run
 
+UPDATE_BELOW = 0.3  # an index is built anew where more of its entries would be new or dead, outside code and tuning
+DIGEST_CHUNK = 8192  # passages read at once
 SPARE_DEPTH = 4  # how many times its share each source of a mixture is asked for, to fill up what they have in common
 
 
@@ -37,8 +42,11 @@ def index_folder(run: Run, name: str) -> Path:
     return folder if count == 1 else folder / f"share_{jax.process_index()}_of_{count}"
 
 
-def retriever_index(run: Run, retriever: Any, progress: bool = False) -> Index:
+def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool = False) -> Index:
     """An index of the corpus as this retriever encodes it; a saved one of the same weights and corpus is opened.
+
+    One of the same weights and an earlier corpus is brought up to date where not too much has changed: only passages
+    that it does not hold are encoded. Nothing else can be kept: other weights give other vectors for every passage.
 
     Of several processes each encodes and indexes its own share of the passages, on its own devices and without a word
     to the others, so that this may run in a thread beside training.
@@ -46,14 +54,28 @@ def retriever_index(run: Run, retriever: Any, progress: bool = False) -> Index:
     Args:
       retriever: of :func:`jmlr_jax.placement.own_arrays`.
       progress: show a bar.
+      keep: the index will be saved, so it is given what an update needs to know.
     """
     passages, corpus = _share(run)
     model = params_fingerprint(jax.device_get(retriever))
-    for saved in sorted(run.directory.glob(str(index_folder(run, "*").relative_to(run.directory) / "card.json"))):
-        try:
-            return open_index(saved.parent, model, corpus)
-        except IndexUnusable:
-            continue  # of another retriever
+    found = sorted(run.directory.glob(str(index_folder(run, "*").relative_to(run.directory) / "card.json")))
+    for wanted in (corpus, None):
+        for saved in found:
+            try:
+                index = open_index(saved.parent, model, wanted)
+            except IndexUnusable:
+                continue  # of another retriever, or of another corpus
+            if wanted is not None:
+                return index
+            digests = _digests(run, passages)
+            if changed_share(index, digests) <= UPDATE_BELOW:
+                with _alone(run):
+                    return update_index(
+                        index,
+                        digests,
+                        lambda rows: _encoded(run, retriever, passages.start + rows, progress),
+                        corpus_fingerprint=corpus,
+                    )
     cfg, prepared = run.cfg, run.prepared
     with _alone(run):
         vectors = encode_corpus(
@@ -77,7 +99,35 @@ def retriever_index(run: Run, retriever: Any, progress: bool = False) -> Index:
             sample_q_NxQxC=sample,
             recall_at=(cfg.train.candidates,),
             seed=cfg.seed,
+            digests_Nx16=_digests(run, passages) if keep else None,
         )
+
+
+def _encoded(run: Run, retriever: Any, rows: np.ndarray, progress: bool) -> Iterator[TokenVectors]:
+    """Token vectors of these passages of the corpus, in pieces."""
+    return encode_pieces(
+        encode_passages,
+        retriever,
+        run.retriever,
+        run.prepared.passage_tokens,
+        rows,
+        run.prepared.skip_V,
+        batch=_encode_batch(run),
+        mesh=own_mesh(run.mesh),
+        progress=progress,
+    )
+
+
+def _digests(run: Run, passages: range) -> np.ndarray:
+    """What tells two passages apart for a given retriever, uint8 [N, 16]: their tokens, and which of them count."""
+
+    def rows() -> Iterator[np.ndarray]:
+        for first in range(passages.start, passages.stop, DIGEST_CHUNK):
+            ids_nxP, length_n = run.prepared.passage_tokens(np.arange(first, min(first + DIGEST_CHUNK, passages.stop)))
+            for ids_P, length in zip(ids_nxP, length_n, strict=True):
+                yield np.concatenate([ids_P[:length], run.prepared.skip_V[ids_P[:length]]])
+
+    return passage_digests(rows())
 
 
 def _share(run: Run) -> tuple[range, str]:
@@ -179,6 +229,16 @@ class Candidates:
         self.train_NxK = np.full((len(run.prepared.questions("train")), train.candidates), -1, np.int32)
         self.dev_nxK = np.full((self._dev_count(), train.candidates), -1, np.int32)
         self.metrics: dict[str, float] = {}
+        self._beside: tuple[float, float | None] = 0.0, None  # seconds of finished refreshes; when one began
+        self._waited = 0.0
+
+    def seconds(self) -> dict[str, float]:
+        """What refreshes have cost this process so far, in seconds: ``refresh``, a thread of theirs was at work beside
+
+        the steps; ``refresh_wait``, no step could begin for one.
+        """
+        done, began = self._beside
+        return {"refresh": done + (time.monotonic() - began if began else 0.0), "refresh_wait": self._waited}
 
     def start(self, step: int, retriever: Any, rows: np.ndarray) -> None:
         """Begins the refresh of `step` for these training questions.
@@ -191,7 +251,7 @@ class Candidates:
         """Waits for the refresh under way and reads from its table from now on."""
         if self._pending is None:
             return
-        made, self._pending = self._made(), None
+        made, self._pending = self._in_time(), None
         rows, fresh = made["rows"], made["train"]
         before = self.train_NxK[rows]
         seen = (before >= 0).any(1)
@@ -205,7 +265,7 @@ class Candidates:
     def wait(self) -> None:
         """Lets the refresh under way finish, so that its file is on disk."""
         if self._pending is not None:
-            self._made()
+            self._in_time()
 
     def state(self) -> dict[str, np.ndarray]:
         """What a checkpoint holds of this object; the step of the refresh under way is -1 if there is none."""
@@ -225,8 +285,23 @@ class Candidates:
         """Ends the thread; a refresh nobody waits for is given up."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def _in_time(self) -> dict[str, np.ndarray]:
+        start = time.monotonic()
+        try:
+            return self._made()
+        finally:
+            self._waited += time.monotonic() - start
+
     def _search(self, step: int, retriever: Any, rows: np.ndarray) -> dict[str, np.ndarray]:
         """What this process finds in its own index; or the whole result, where an earlier run has left it."""
+        done, began = self._beside[0], time.monotonic()
+        self._beside = done, began
+        try:
+            return self._found(step, retriever, rows)
+        finally:
+            self._beside = done + time.monotonic() - began, None
+
+    def _found(self, step: int, retriever: Any, rows: np.ndarray) -> dict[str, np.ndarray]:
         fingerprint = np.array(params_fingerprint(jax.device_get(retriever)))
         if is_first() and self._file(step).exists():  # one answer for all processes, see `_made`
             made = dict(np.load(self._file(step)))

@@ -1,6 +1,7 @@
 """The token code: what it keeps, what it costs, and that scoring coded tokens is scoring decoded ones."""
 
 import doctest
+import itertools
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from jmlr_jax.retrieval import code as module
 from jmlr_jax.retrieval import tokens as tokens_module
 from jmlr_jax.retrieval.code import TokenCode, bit_widths, encode_tokens, fit_code, similarity
-from jmlr_jax.retrieval.tokens import TokenStore, best_of, padded, score_tokens, trimmed
+from jmlr_jax.retrieval.tokens import TILE, TokenStore, best_of, gather, padded, score_tokens, trimmed
 from jmlr_jax.retrieval.vectors import TokenVectors
 
 DIM = 16
@@ -52,7 +53,7 @@ def coded(code, x):
 
 def test_docstrings():
     assert doctest.testmod(module) == (0, 3)
-    assert doctest.testmod(tokens_module) == (0, 1)
+    assert doctest.testmod(tokens_module) == (0, 2)
 
 
 @pytest.mark.parametrize("bits, bound", [(1, 0.25), (2, 0.12), (4, 0.02), (8, 0.001)])
@@ -92,12 +93,12 @@ def test_widths_that_cannot_be_packed_are_refused(tokens):
 
 def store_of(tokens, code, lengths):
     """Two pieces of passages with holes in their masks."""
-    rng, pieces, at = np.random.default_rng(0), [], 0
+    rng, pieces, at, width = np.random.default_rng(0), [], 0, max(lengths) + 2
     for some in np.array_split(lengths, 2):
-        vectors = np.zeros((len(some), 9, DIM), np.float16)
-        keep = np.zeros((len(some), 9), bool)
+        vectors = np.zeros((len(some), width, DIM), np.float16)
+        keep = np.zeros((len(some), width), bool)
         for row, length in enumerate(some):
-            keep[row, np.sort(rng.choice(9, length, replace=False))] = True
+            keep[row, np.sort(rng.choice(width, length, replace=False))] = True
             vectors[row, keep[row]] = tokens[at : at + length]
             at += length
         pieces.append(TokenVectors(vectors, keep))
@@ -107,22 +108,29 @@ def store_of(tokens, code, lengths):
 @pytest.mark.parametrize("bits", [2, 16])
 def test_store_scores_like_numpy_and_survives_the_disk(tokens, bits, tmp_path):
     code = None if bits == 16 else fit_code(tokens, bits, 3000, seed=0)
-    lengths = np.array([3, 9, 1, 5, 7])
+    lengths = np.array([3, TILE, 1, 2 * TILE + 5, 7])
     made = store_of(tokens, code, lengths)
     made.save(tmp_path)
     store = TokenStore.load(tmp_path, code)
     assert all(isinstance(array, np.memmap) for array in store.arrays.values())
-    rows = np.array([[4, 0, 2], [1, 1, 3]])
+    rows = np.array([[4, 0, 2, -1], [1, 1, 3, 8]])  # 8: the fourth of another part
     q = np.stack([unit_tokens(8, seed=1), unit_tokens(8, seed=2)])
     q[1, 5:] = 0  # absent
-    gathered, length = store.gather(rows)
-    np.testing.assert_array_equal(length, lengths[rows])
-    found = np.asarray(score_tokens(code, q, gathered, length))
+    other = store_of(tokens[500:], code, lengths[::-1])
     x = tokens.astype(np.float16) if code is None else decoded(code, *coded(code, tokens))
-    starts = np.cumsum([0, *lengths])
+    of = [x[a:b] for a, b in itertools.pairwise(np.cumsum([0, *lengths]))]
+    of += [x[500 + a : 500 + b] for a, b in itertools.pairwise(np.cumsum([0, *lengths[::-1]]))]
+    found = np.asarray(score_tokens(code, q, gather([store, other], store.arrays, rows), hits=4))
     for i, j in np.ndindex(rows.shape):
-        passage = x[starts[rows[i, j]] : starts[rows[i, j] + 1]].astype(np.float64)
-        assert found[i, j] == pytest.approx((q[i] @ passage.T).max(1).sum(), abs=2e-3)
+        want = (q[i] @ of[rows[i, j]].astype(np.float64).T).max(1).sum()
+        assert found[i, j] == pytest.approx(want, abs=2e-3) if rows[i, j] >= 0 else found[i, j] < -1e3
+    np.testing.assert_allclose(
+        score_tokens(code, q[:1], gather([store], store.arrays, rows[:1]), hits=4), found[:1], rtol=1e-5
+    )
+    if code is not None:
+        rough = np.asarray(score_tokens(code, q, gather([store, other], ["cell"], rows), hits=4))
+        cells = code.centroids_GxC[store.arrays["cell"][: lengths[0]]]
+        assert rough[0, 1] == pytest.approx((q[0] @ cells.T).max(1).sum(), abs=1e-4)
 
 
 def test_arrays_of_another_store_are_refused(tokens, tmp_path):

@@ -84,7 +84,7 @@ def test_scann_finds_what_the_oracle_finds(how):
     """Brute force, quantised, and tree: re-ranked by exact MaxSim, with exact scores."""
     vectors, q = clustered(1500, 40)
     truth = all_scores(vectors, q)
-    rows, scores = scann_index(vectors, CFG, how).search(q, 5)
+    rows, scores = scann_index(vectors, CFG.model_copy(update={"rerank": 80}), how).search(q, 5)
     assert recall_of(rows, np.argsort(-truth, axis=1)[:, :5]) > 0.8
     np.testing.assert_allclose(scores, np.take_along_axis(truth, rows, axis=1), rtol=1e-5)
     assert np.all(np.diff(scores, axis=1) <= 0)
@@ -157,9 +157,28 @@ def test_coded_tokens_rank_nearly_as_the_exact_ones(bits, least):
     assert index.card.bits == bits
 
 
-def test_tuning_takes_the_fewest_hits_that_reach_the_target():
+def test_centroids_choose_what_is_scored_in_full():
+    """Of many hits the best by MaxSim of their centroids are left, and those are ranked by their own vectors."""
+    vectors, q = clustered(500, 40)
+    searcher = build(vectors, q, bits=8, rerank=400).searcher
+    hits, _ = searcher.nearest(q, 400)
+    assert searcher.kept(400, 5) == 100 and searcher.kept(400, 50) == 200 and searcher.kept(30, 10) == 30
+    store, code = searcher.parts[0].tokens, searcher.code
+    found, scores = searcher.search(q, 5)
+    for i in range(len(q)):
+        cells = [code.centroids_GxC[store.arrays["cell"][store.offsets[r] : store.offsets[r + 1]]] for r in hits[i]]
+        rough = np.array([(q[i] @ c.T).max(1).sum() for c in cells])
+        np.testing.assert_allclose(searcher.rough_score(q[i : i + 1], hits[i : i + 1])[0], rough, rtol=1e-4)
+        left = hits[i][np.argsort(-rough)[:100]]
+        full = searcher.score(q[i : i + 1], left[None])[0]
+        assert found[i].tolist() == left[np.argsort(-full)[:5]].tolist()
+        np.testing.assert_allclose(scores[i], np.sort(full)[::-1][:5], rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_tuning_takes_the_fewest_hits_that_reach_the_target(bits):
     vectors, q = clustered(500, 60)
-    index = build(vectors, q, rerank=400, recall=0.9)
+    index = build(vectors, q, rerank=400, recall=0.9, bits=bits)
     truth = np.argsort(-all_scores(vectors, q), axis=1)[:, :10]
     curve = index.curve
     assert curve.reached and curve.target == 0.9 and curve.k == 10 and curve.questions == 60

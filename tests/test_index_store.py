@@ -145,6 +145,20 @@ def test_broken_cards_are_refused(saved, change):
         open_index(saved, *MINE)
 
 
+def test_a_flipped_byte_anywhere_in_the_card_is_refused(saved):
+    """Also where the card still reads as one: another number of hits would find less and say nothing."""
+    path = saved / "card.json"
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        data = bytearray(whole)
+        data[at] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(IndexUnusable, match="(?s)card.json.*build the index again"):
+            open_index(saved, *MINE)
+    path.write_bytes(whole)
+    open_index(saved, *MINE)
+
+
 def same_index(saved, before, q):
     after = open_index(saved, *MINE)
     for got, want in zip(after.search(q, 5), before, strict=True):
@@ -244,6 +258,53 @@ def test_kill_9_at_every_step_of_a_save(saved, tmp_path):
     assert child.wait(60) == 0
     assert killed >= 10 and sizes[0] == 60 and sizes[-1] == 90 and sorted(sizes) == sizes
     assert len(list(saved.iterdir())) == 3
+
+
+KILLED_WHILE_BUILDING = """
+    import os, signal, sys
+    sys.path[:0] = {paths!r}
+    from indexes import CFG, build, clustered
+    from jmlr_jax.retrieval import build as build_module, scann, store
+
+    def stop(original):
+        return lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+
+    # A fork before anything is computed: JAX and ScaNN have no threads yet that it would lose.
+    for owner, name in ((scann, "fit_code"), (scann.TokenStore, "of"), (scann, "build_searcher"),
+                        (build_module, "tune"), (scann.TokenStore, "save"), (store, "_save_code"), (None, None)):
+        pid = os.fork()
+        if pid == 0:
+            if owner is not None:
+                setattr(owner, name, stop(getattr(owner, name)))
+            build(*clustered(90, 2, seed=9), bits=4).save(sys.argv[1])
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        print(name, os.WTERMSIG(status) if os.WIFSIGNALED(status) else "done", flush=True)
+        sys.stdin.readline()
+"""
+
+
+def test_kill_9_while_an_index_is_built(saved):
+    """Whatever it was doing, the index that was there answers as before, and the next build goes through."""
+    _, q = clustered(90, 2, seed=9)
+    before = open_index(saved, *MINE).search(q, 5)
+    paths = [str(Path(__file__).parent), str(Path(store.__file__).parents[2])]
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(KILLED_WHILE_BUILDING).format(paths=paths), str(saved)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
+    for line in child.stdout:
+        name, how = line.split()
+        assert how == ("done" if name == "None" else "9"), line
+        if how == "9":
+            same_index(saved, before, q)
+        child.stdin.write("\n")
+        child.stdin.flush()
+    assert child.wait(60) == 0
+    assert len(open_index(saved, *MINE)) == 90 and len(list(saved.iterdir())) == 3
 
 
 def test_an_index_goes_back_to_where_another_took_its_place(saved):

@@ -5,6 +5,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
+from jmlr_jax import metrics_log
 from jmlr_jax.metrics_log import MetricsLog
 
 
@@ -81,3 +82,16 @@ def test_a_half_written_line_goes_even_if_its_step_would_stay(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.1}\n{"step": 2, "loss')
     with open_log(tmp_path, step=5):
         assert rows(tmp_path) == [{"step": 1, "loss": 0.1}]
+
+
+def test_other_clocks_are_written_as_shares_of_the_time(tmp_path, monkeypatch):
+    now, spent = [100.0], {"refresh": 7.0, "refresh_wait": 0.0}
+    monkeypatch.setattr(metrics_log.time, "monotonic", lambda: now[0])
+    with MetricsLog(tmp_path, "jmlr", 4, 2, 4, 0, lambda: dict(spent)) as log:
+        log.push(1, {}, {})
+        for step, (second, refresh, wait) in enumerate(((110, 9, 1), (120, 9, 6), (130, 9, 6)), 2):
+            now[0], spent["refresh"], spent["refresh_wait"] = second, refresh, wait
+            log.push(step, {}, {}) if step < 5 else None
+        log.flush()
+    shares = [(row["speed/refresh_share"], row["speed/refresh_wait_share"]) for row in rows(tmp_path, "speed.jsonl")]
+    assert shares == [pytest.approx((2 / 20, 6 / 20)), pytest.approx((0, 0))]

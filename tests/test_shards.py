@@ -67,7 +67,7 @@ def test_shards_answer_as_one_index(count, whole, tmp_path):
     """Rows and scores alike, filtered too, and the same in every process; ScaNN is brute force at this size."""
     processes = start(count, tmp_path)
     for process in processes:
-        _, error = process.communicate(timeout=300)
+        _, error = process.communicate(timeout=600)
         assert process.returncode == 0, error[-3000:]
     for number in range(count):
         with np.load(tmp_path / f"{number}.npz") as got:

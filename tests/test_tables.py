@@ -1,6 +1,7 @@
 """Candidate tables: fixed ones, the mixture, and the refresh beside training."""
 
 import threading
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -132,8 +133,12 @@ def test_a_slow_refresh_is_waited_for_and_a_fast_one_is_not_adopted_early(
     monkeypatch.setattr(module, "retriever_index", slow)
     candidates.start(4, other_retriever, ROWS)
     assert int(candidates.state()["pending"]) == 4 and not (tmp_path / "step_0000004.npz").exists()
+    before_waiting = candidates.seconds()
     threading.Timer(0.2, go.set).start()
     candidates.wait()  # as before a checkpoint
+    after = candidates.seconds()
+    assert after["refresh_wait"] - before_waiting["refresh_wait"] > 0.19 and after["refresh"] > 0.19
+    assert candidates.seconds()["refresh"] == after["refresh"]  # stands still between refreshes
     assert (tmp_path / "step_0000004.npz").exists()
     np.testing.assert_array_equal(candidates.train_NxK, before)  # finished, not adopted
     resumed = Candidates(run, tmp_path)
@@ -144,6 +149,50 @@ def test_a_slow_refresh_is_waited_for_and_a_fast_one_is_not_adopted_early(
     resumed.adopt()
     np.testing.assert_array_equal(resumed.train_NxK, candidates.train_NxK)
     np.testing.assert_array_equal(resumed.dev_nxK, candidates.dev_nxK)
+
+
+class ChangedCorpus:
+    """Prepared data in which the corpus is made of these passages of the old one."""
+
+    def __init__(self, prepared, rows, name):
+        self._old, self._rows = prepared, rows
+        self.passages = [prepared.passages[int(row)] for row in rows]
+        self.card = prepared.card | {"fingerprints": prepared.card["fingerprints"] | {"corpus": name}}
+
+    def __getattr__(self, name):
+        return getattr(self._old, name)
+
+    def passage_tokens(self, rows):
+        return self._old.passage_tokens(self._rows[rows])
+
+
+@pytest.mark.parametrize("share, kept", [(0.01, True), (0.4, False)])
+def test_an_index_of_an_earlier_corpus_is_brought_up_to_date(run, retriever, mesh, tmp_path, monkeypatch, share, kept):
+    """One passage is new and some are gone: only the new one is encoded, unless too many are gone."""
+    count = len(run.prepared.passages)
+    gone = round(share * count)
+    parts = {name: getattr(run, name) for name in ("cfg", "retriever", "mesh")}
+    old = ChangedCorpus(run.prepared, np.arange(count - 1), "old")
+    new = ChangedCorpus(run.prepared, np.roll(np.arange(gone, count), 3), "new")
+    first = module.retriever_index(SimpleNamespace(**parts, prepared=old, directory=tmp_path), retriever, keep=True)
+    first.save(tmp_path / "index" / "initial")
+    read, original = [], ChangedCorpus.passage_tokens
+    monkeypatch.setattr(module, "_digests", lambda run, p, made=module._digests: (made(run, p), read.clear())[0])
+    monkeypatch.setattr(
+        ChangedCorpus, "passage_tokens", lambda self, r: (read.extend(r.tolist()), original(self, r))[1]
+    )
+    changed = SimpleNamespace(**parts, prepared=new, directory=tmp_path)
+    index = module.retriever_index(changed, retriever)
+    assert set(read) == ({new._rows.tolist().index(count - 1)} if kept else set(range(count - gone)))
+    assert (index.card.updates, index.card.corpus_fingerprint) == (int(kept), "new")
+    index.save(tmp_path / "index" / "initial")
+    again = module.retriever_index(changed, retriever)  # opened as it is
+    q = np.concatenate(list(module.query_vectors(run, retriever, "train", ROWS)))
+    want = module.retriever_index(SimpleNamespace(**parts, prepared=new, directory=tmp_path / "else"), retriever)
+    for one in (index, again):
+        rows, scores = one.search(q, 5)
+        np.testing.assert_array_equal(rows, want.search(q, 5)[0])
+        np.testing.assert_allclose(scores, want.search(q, 5)[1], rtol=1e-3)
 
 
 def test_without_dev_questions_there_is_no_empty_table_to_save(tiny_data, tmp_path, monkeypatch):

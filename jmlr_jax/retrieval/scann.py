@@ -26,12 +26,13 @@ from jmlr_jax.retrieval.encoding import (
     query_vectors,
     reduced,
 )
-from jmlr_jax.retrieval.tokens import BATCHES, TokenStore, best_of, padded, score_tokens, trimmed
+from jmlr_jax.retrieval.tokens import BATCHES, TokenStore, best_of, gather, padded, score_tokens, trimmed
 from jmlr_jax.retrieval.vectors import TokenVectors, check_allowed, check_queries
 
 SCORE_BATCH = BATCHES[1]
 SAMPLE_TOKENS = 1_000_000  # from which a token code is learned
 SAMPLE_PASSAGES = 20_000  # of which no more are taken
+SPARE = 4  # centroids choose one hit in so many to score in full, but no fewer than so many times k
 SOAR_LAMBDA = 1.5  # ScaNN's own choice where spilling is on
 
 
@@ -199,10 +200,17 @@ class ScannIndex:
         for first in range(0, len(q_NxQxC), BATCHES[-1]):
             q = q_NxQxC[first : first + BATCHES[-1]]
             row_NxH, _ = self.nearest(q, max(self.hits, k), allowed_N)
+            kept = self.kept(row_NxH.shape[1], k)
+            if kept < row_NxH.shape[1]:
+                row_NxH, _ = best_of(row_NxH, self.rough_score(q, row_NxH), kept)
             rows_NxK[first : first + len(q)], score_NxK[first : first + len(q)] = best_of(
                 row_NxH, self.score(q, row_NxH), k
             )
         return rows_NxK, score_NxK
+
+    def kept(self, hits: int, k: int) -> int:
+        """How many of so many hits are scored in full for the best k, after all have been by their centroids."""
+        return hits if self.code is None else min(hits, max(SPARE * k, -(-hits // SPARE)))
 
     def nearest(
         self, q_NxQxC: np.ndarray, hits: int, allowed_N: np.ndarray | None = None
@@ -228,46 +236,32 @@ class ScannIndex:
         return best_of(np.concatenate(rows, 1), np.concatenate(products, 1), hits)
 
     def score(self, q_NxQxC: np.ndarray, row_NxH: np.ndarray) -> np.ndarray:
-        """MaxSim of the stored vectors of these rows, float32 [N, H], -inf where the row is -1.
+        """MaxSim of the stored vectors of these rows, float32 [N, H], -inf where the row is -1."""
+        return self._scored(q_NxQxC, row_NxH, tuple(self.parts[0].tokens.arrays))
 
-        The host gathers the tokens of the next questions while the device scores those of the last.
-        """
-        q_NxQxC = trimmed(q_NxQxC)
+    def rough_score(self, q_NxQxC: np.ndarray, row_NxH: np.ndarray) -> np.ndarray:
+        """The same with every token taken to be its centroid; needs a code."""
+        return self._scored(q_NxQxC, row_NxH, ("cell",))
+
+    def _scored(self, q_NxQxC: np.ndarray, row_NxH: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
+        """The host gathers the tokens of the next questions while the device scores those of the last."""
+        q_NxQxC, stores = trimmed(q_NxQxC), [part.tokens for part in self.parts]
         score_NxH = np.empty(row_NxH.shape, np.float32)
         waiting: tuple[int, Any] | None = None
         for first in [*range(0, len(q_NxQxC), SCORE_BATCH), None]:
             made = None
             if first is not None:
                 q_BxQxC = padded(q_NxQxC[first : first + SCORE_BATCH])
-                row_BxH = np.zeros((len(q_BxQxC), row_NxH.shape[1]), row_NxH.dtype)
+                row_BxH = np.full((len(q_BxQxC), row_NxH.shape[1]), -1, row_NxH.dtype)
                 row_BxH[: len(q_NxQxC) - first] = row_NxH[first : first + SCORE_BATCH]
-                tokens, length_BxH = self._gather(self.entry_N[np.maximum(row_BxH, 0)])
-                made = first, score_tokens(self._code, q_BxQxC, tokens, length_BxH)
+                entry_BxH = np.where(row_BxH >= 0, self.entry_N[np.maximum(row_BxH, 0)], -1)
+                tiles = gather(stores, names, entry_BxH)
+                made = first, score_tokens(self._code, q_BxQxC, tiles, hits=row_NxH.shape[1])
             if waiting is not None:
                 at, found = waiting
                 score_NxH[at : at + SCORE_BATCH] = np.asarray(found)[: len(q_NxQxC) - at]
             waiting = made
         return np.where(row_NxH >= 0, score_NxH, -np.inf)
-
-    def _gather(self, entry_BxH: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Tokens of entries, wherever they lie; see :meth:`TokenStore.gather`."""
-        if len(self.parts) == 1:
-            return self.parts[0].tokens.gather(entry_BxH)
-        part_BxH = np.searchsorted(self.starts, entry_BxH, side="right") - 1
-        found = {}
-        for number in np.unique(part_BxH):
-            here = part_BxH == number
-            found[number] = here, self.parts[number].tokens.gather(entry_BxH[here] - self.starts[number])
-        width = max(next(iter(tokens.values())).shape[1] for _, (tokens, _) in found.values())
-        length_BxH = np.zeros(entry_BxH.shape, np.int32)
-        merged: dict[str, np.ndarray] = {}
-        for here, (tokens, length) in found.values():
-            length_BxH[here] = length
-            for name, array in tokens.items():
-                if name not in merged:
-                    merged[name] = np.zeros((*entry_BxH.shape, width, *array.shape[2:]), array.dtype)
-                merged[name][here, : array.shape[1]] = array
-        return merged, length_BxH
 
 
 def learn_code(tokens_TxC: np.ndarray, corpus_tokens: int, cfg: IndexConfig, seed: int) -> TokenCode | None:

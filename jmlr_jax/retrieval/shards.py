@@ -124,9 +124,13 @@ class ShardedIndex:
             product_NxH = np.pad(product_NxH, ((0, 0), (0, short)), constant_values=-np.inf)
             kept, _ = best_of(*_gathered(*self._placed(row_NxH, product_NxH)), hits)
             mine = (kept >= self.rows.start) & (kept < self.rows.stop)
-            own_NxH, _ = best_of(np.where(mine, kept - self.rows.start, -1), np.where(mine, 0.0, -np.inf), hits)
-            used = max(1, int((own_NxH >= 0).sum(1).max(initial=0)))  # own hits stand on the left
-            own_NxH = own_NxH[:, :used]
+            own_NxH = np.where(mine, kept - self.rows.start, -1)
+            fewer = self.own.kept(hits, k)
+            if fewer < hits:
+                rough = self._placed(*best_of(own_NxH, self.own.rough_score(q, own_NxH), fewer))
+                kept, _ = best_of(*_gathered(*rough), fewer)
+                mine = (kept >= self.rows.start) & (kept < self.rows.stop)
+                own_NxH = np.where(mine, kept - self.rows.start, -1)
             row, score = self._placed(*best_of(own_NxH, self.own.score(q, own_NxH), k))
             row, score = best_of(*_gathered(row, score), k)
             rows.append(row)

@@ -57,7 +57,8 @@ class Card(BaseModel):
 
     ``recall`` maps K (as text) to the mean share of the exact oracle's K best passages that the index returned when it
     was built, over ``oracle_queries`` questions; empty for an exact index, which is its own oracle. ``entries`` counts
-    what is stored: more than ``passages`` once updates have left some behind.
+    what is stored: more than ``passages`` once updates have left some behind. ``sha256`` is of the rest of the card as
+    it was written: a flipped bit in the number of hits would give worse answers in silence.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,6 +80,12 @@ class Card(BaseModel):
     total_bytes: int = 0
     parts: list[Folder] = []
     state: Folder = Folder(name="", files={})
+    sha256: str = ""
+
+    def sealed(self) -> Card:
+        """The card with the checksum of everything else on it."""
+        text = self.model_copy(update={"sha256": ""}).model_dump_json()
+        return self.model_copy(update={"sha256": hashlib.sha256(text.encode()).hexdigest()})
 
 
 class Index:
@@ -134,7 +141,7 @@ class Index:
             self._save_state(fresh[-1])
             state = _folder(fresh[-1])
             total = sum(entry.bytes for folder in (*parts, state) for entry in folder.files.values())
-            card = self.card.model_copy(update={"parts": parts, "state": state, "total_bytes": total})
+            card = self.card.model_copy(update={"parts": parts, "state": state, "total_bytes": total}).sealed()
             write_text(directory / "card.json", card.model_dump_json(indent=2) + "\n")
         except BaseException:
             for folder in fresh:
@@ -206,6 +213,8 @@ def _open(directory: Path, text: str, model_fingerprint: str, corpus_fingerprint
         card = Card.model_validate_json(text)
     except ValidationError as error:
         raise IndexUnusable(f"{path}: not a readable index card ({error}); build the index again") from None
+    if card.sha256 != card.sealed().sha256:
+        raise IndexUnusable(f"{path}: contents changed since it was written; build the index again")
     for what, have, want in (
         ("retriever", card.model_fingerprint, model_fingerprint),
         ("corpus", card.corpus_fingerprint, corpus_fingerprint),

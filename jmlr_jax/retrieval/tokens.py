@@ -1,23 +1,43 @@
-"""Token vectors of a corpus as an index keeps them: flat, coded or float16, memory-mapped, scored where they lie."""
+"""Token vectors of a corpus as an index keeps them: flat, coded or float16, memory-mapped, scored where they lie.
+
+Letters: B questions, H hits of a question, R tiles of them. A tile is :data:`TILE` tokens of one passage in a row:
+passages differ much in length, and few tiles are partly empty, where most passages padded to the longest would be.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jmlr_jax.retrieval.code import TokenCode, encode_tokens, similarity
+from jmlr_jax.retrieval.code import TokenCode, centroid_similarity, encode_tokens, similarity
 from jmlr_jax.retrieval.vectors import TokenVectors
 from jmlr_jax.scoring import MASKED_SIMILARITY
 
 ENCODE_BATCH = 8192  # tokens coded at once
-WIDTH_STEP = 32  # gathered passages are as wide as their longest, rounded up to this: few shapes to compile
+TILE = 32  # tokens
 QUERY_STEP = 8  # the same for question tokens
 BATCHES = (1, 8, 64)  # questions scored at once are padded to one of these
+
+
+class Tiles(NamedTuple):
+    """Tokens of the hits of some questions, gathered.
+
+    Attributes:
+      arrays: of a :class:`TokenStore`, [B, R, TILE, ...]; beyond a tile's length stands something that means nothing.
+      length_BxR: int32, tokens of a tile; 0 for the filling behind a question's last.
+      owner_BxR: int32, number of the hit that a tile is of.
+    """
+
+    arrays: dict[str, Any]
+    length_BxR: np.ndarray
+    owner_BxR: np.ndarray
 
 
 class TokenStore:
@@ -32,7 +52,6 @@ class TokenStore:
 
     def __init__(self, code: TokenCode | None, arrays: Mapping[str, np.ndarray], offsets: np.ndarray):
         self.code, self.arrays, self.offsets = code, dict(arrays), np.asarray(offsets)
-        self.longest = int(np.diff(self.offsets).max(initial=1))
 
     @classmethod
     def of(
@@ -55,17 +74,6 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def gather(self, rows: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Tokens of passages ``rows`` (int [...]) as arrays [..., P, ...], and their lengths int32 [...].
-
-        P is the longest of them, rounded up; beyond a passage's length stands something that means nothing.
-        """
-        starts = self.offsets[rows]
-        lengths = (self.offsets[rows + 1] - starts).astype(np.int32)
-        width = -(-max(1, int(lengths.max(initial=1))) // WIDTH_STEP) * WIDTH_STEP
-        at = np.minimum(starts[..., None] + np.arange(width), max(0, int(self.offsets[-1]) - 1))
-        return {name: array[at] for name, array in self.arrays.items()}, lengths
-
     def save(self, directory: Path) -> None:
         """Writes ``offsets.npy`` and a file for each array into an existing directory."""
         for name, array in {"offsets": self.offsets, **self.arrays}.items():
@@ -87,6 +95,65 @@ class TokenStore:
         return cls(code, arrays, offsets)
 
 
+def gather(stores: Sequence[TokenStore], names: Iterable[str], entry_BxH: np.ndarray) -> Tiles:
+    """Tokens of these entries (int; none where -1), numbered through the stores.
+
+    Args:
+      stores: of one code.
+      names: of the arrays that are wanted.
+      entry_BxH: hits of each question.
+    """
+    first_S = np.cumsum([0, *map(len, stores)])
+    question_V, hit_V = np.nonzero(entry_BxH >= 0)
+    entry_V = entry_BxH[question_V, hit_V]
+    store_V = np.searchsorted(first_S, entry_V, side="right") - 1
+    start_V, tokens_V = np.zeros(len(entry_V), np.int64), np.zeros(len(entry_V), np.int64)
+    for number, store in enumerate(stores):
+        here = np.flatnonzero(store_V == number)
+        at = entry_V[here] - first_S[number]
+        start_V[here], tokens_V[here] = store.offsets[at], store.offsets[at + 1] - store.offsets[at]
+    tiles_V = -(-tokens_V // TILE)
+    of_T = np.repeat(np.arange(len(entry_V)), tiles_V)  # T: all tiles, question by question
+    inside_T = (np.arange(len(of_T)) - np.repeat(np.cumsum(tiles_V) - tiles_V, tiles_V)) * TILE
+    question_T = question_V[of_T]
+    count_B = np.bincount(question_T, minlength=len(entry_BxH))
+    column_T = np.arange(len(of_T)) - np.repeat(np.cumsum(count_B) - count_B, count_B)
+    shape = len(entry_BxH), rounded(int(count_B.max(initial=1)))
+    length_BxR, owner_BxR = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    start_BxR, store_BxR = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    length_BxR[question_T, column_T] = np.minimum(TILE, tokens_V[of_T] - inside_T)
+    owner_BxR[question_T, column_T] = hit_V[of_T]
+    start_BxR[question_T, column_T] = start_V[of_T] + inside_T
+    store_BxR[question_T, column_T] = store_V[of_T]
+    arrays = {}
+    for name in names:
+        parts = [store.arrays[name] for store in stores]
+        if len(parts) == 1:
+            arrays[name] = parts[0][_tokens_of(start_BxR, parts[0])]
+            continue
+        arrays[name] = np.zeros((*shape, TILE, *parts[0].shape[1:]), parts[0].dtype)
+        for number, part in enumerate(parts):
+            tiles = store_BxR == number
+            if len(part):
+                arrays[name][tiles] = part[_tokens_of(start_BxR[tiles], part)]
+    return Tiles(arrays, length_BxR, owner_BxR)
+
+
+def _tokens_of(start: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """Numbers of the tokens of tiles that begin at ``start``, [..., TILE], none beyond the end."""
+    return np.minimum(start[..., None] + np.arange(TILE), len(part) - 1)
+
+
+def rounded(tiles: int) -> int:
+    """The next of few numbers of tiles, four in every octave: each is a shape to compile.
+
+    >>> [rounded(n) for n in (1, 9, 11, 1000, 1100)]
+    [8, 10, 12, 1024, 1280]
+    """
+    step = max(2, 2 ** (max(1, tiles - 1).bit_length() - 3))
+    return max(8, -(-tiles // step) * step)
+
+
 def trimmed(q_NxQxC: np.ndarray) -> np.ndarray:
     """Questions float32 without the columns in which none has a token, but for rounding up to :data:`QUERY_STEP`."""
     used = np.flatnonzero(np.any(q_NxQxC != 0, axis=(0, 2)))
@@ -100,28 +167,35 @@ def padded(q_NxQxC: np.ndarray) -> np.ndarray:
     return np.pad(q_NxQxC, ((0, size - len(q_NxQxC)), (0, 0), (0, 0)))
 
 
-@jax.jit
-def score_tokens(code: TokenCode | None, q_BxQxC: Array, tokens: dict[str, Array], length_BxH: Array) -> Array:
-    """MaxSim of stored passages, float32 [B, H]; a passage without tokens scores far below all others.
+@partial(jax.jit, static_argnames="hits")
+def score_tokens(code: TokenCode | None, q_BxQxC: Array, tiles: Tiles, *, hits: int) -> Array:
+    """MaxSim of gathered hits, float32 [B, hits]; a passage without tokens scores far below all others.
+
+    With the array ``cell`` alone, tokens are taken to be their centroids: 2 bytes a token tell much of a score.
 
     Args:
-      code: of the store.
+      code: of the stores.
       q_BxQxC: questions; absent tokens are zero vectors.
-      tokens, length_BxH: from :meth:`TokenStore.gather`, [B, H, P, ...].
+      tiles: from :func:`gather`.
+      hits: H.
     """
 
-    def one(args: tuple[Array, dict[str, Array], Array]) -> Array:
-        q_QxC, of, length_H = args
+    def one(args: tuple[Array, Tiles]) -> Array:
+        q_QxC, (of, length_R, owner_R) = args
         if code is None:
-            found_HxPxQ = jnp.einsum(
-                "hpc,qc->hpq", of["vectors"].astype(jnp.float32), q_QxC, precision=jax.lax.Precision.HIGHEST
+            found_RxTxQ = jnp.einsum(
+                "rtc,qc->rtq", of["vectors"].astype(jnp.float32), q_QxC, precision=jax.lax.Precision.HIGHEST
             )
+        elif "packed" in of:
+            found_RxTxQ = similarity(code, q_QxC, of["cell"], of["packed"], of["gain"])
         else:
-            found_HxPxQ = similarity(code, q_QxC, of["cell"], of["packed"], of["gain"])
-        real_HxP = jnp.arange(found_HxPxQ.shape[1]) < length_H[:, None]
-        return jnp.sum(jnp.max(jnp.where(real_HxP[..., None], found_HxPxQ, MASKED_SIMILARITY), axis=1), axis=-1)
+            found_RxTxQ = centroid_similarity(code, q_QxC, of["cell"])
+        real_RxT = jnp.arange(TILE) < length_R[:, None]
+        best_RxQ = jnp.max(jnp.where(real_RxT[..., None], found_RxTxQ, MASKED_SIMILARITY), axis=1)
+        best_HxQ = jnp.full((hits, q_QxC.shape[0]), MASKED_SIMILARITY).at[owner_R].max(best_RxQ)
+        return jnp.sum(best_HxQ, axis=-1)
 
-    return jax.lax.map(one, (q_BxQxC, tokens, length_BxH))  # one question at a time bounds memory
+    return jax.lax.map(one, (q_BxQxC, tiles))  # one question at a time bounds memory
 
 
 def _coded(code: TokenCode, tokens_TxC: np.ndarray) -> dict[str, np.ndarray]:

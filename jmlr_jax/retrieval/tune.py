@@ -98,8 +98,8 @@ def _work(point: Point) -> tuple[int, int]:
 
 def _points(index: ScannIndex, q_NxQxC: np.ndarray, exact_NxK: np.ndarray, most: int) -> list[Point]:
     """Recall at every number of hits, from one search for the most: fewer hits are its first ones."""
-    k, rows, scores = exact_NxK.shape[1], [], []
-    nearest_s = score_s = 0.0
+    k, rows, scores, rough = exact_NxK.shape[1], [], [], []
+    nearest_s = rough_s = score_s = 0.0
     for first in range(0, len(q_NxQxC), BATCHES[-1]):
         q = q_NxQxC[first : first + BATCHES[-1]]
         start = time.perf_counter()
@@ -107,13 +107,22 @@ def _points(index: ScannIndex, q_NxQxC: np.ndarray, exact_NxK: np.ndarray, most:
         middle = time.perf_counter()
         rows.append(row_NxH)
         scores.append(index.score(q, row_NxH))
+        end = time.perf_counter()
         # The last batch's time is kept: the first one's is compilation.
-        nearest_s, score_s = (middle - start) / len(q), (time.perf_counter() - middle) / len(q)
+        nearest_s, score_s = (middle - start) / len(q), (end - middle) / len(q)
+        if index.code is not None:
+            rough.append(index.rough_score(q, row_NxH))
+            rough_s = (time.perf_counter() - end) / len(q)
     row_NxH, score_NxH = np.concatenate(rows), np.concatenate(scores)
+    rough_NxH = np.concatenate(rough) if rough else score_NxH
     points = []
     for hits in grid(k, row_NxH.shape[1]):
-        got, _ = best_of(row_NxH[:, :hits], score_NxH[:, :hits], k)
-        ms = 1000 * (nearest_s + score_s * hits / row_NxH.shape[1])
+        kept = index.kept(hits, k)
+        place, _ = best_of(np.where(row_NxH[:, :hits] >= 0, np.arange(hits), -1), rough_NxH[:, :hits], kept)
+        row, score = (np.take_along_axis(x, np.maximum(place, 0), 1) for x in (row_NxH, score_NxH))
+        got, _ = best_of(np.where(place >= 0, row, -1), score, k)
+        rough_hits = hits if kept < hits else 0
+        ms = 1000 * (nearest_s + (score_s * kept + rough_s * rough_hits) / row_NxH.shape[1])
         recall = round(share_found(exact_NxK, got), 5)
         points.append(Point(hits=hits, leaves=index.leaves, recall=recall, ms=round(ms, 3)))
     return points
