@@ -83,7 +83,8 @@ def _train(run: Run, phase: Phase, folder: Path, console: Console) -> None:
     refresh = cfg.refresh_steps if phase.passages == "live" else 0
     with _closing(loop, checkpoints), _sigterm() as sigterm, tracer(folder) as trace:
         stop = Stop()
-        with MetricsLog(folder, phase.name, steps, cfg.log_steps, cfg.batch_size, done) as log:
+        clock = loop.candidates.seconds if refresh and loop.candidates else dict
+        with MetricsLog(folder, phase.name, steps, cfg.log_steps, cfg.batch_size, done, clock) as log:
             for step in range(done, steps):
                 if refresh and loop.candidates and step and step % refresh == 0:
                     _refresh(run, loop, stream, step)
