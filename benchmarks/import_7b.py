@@ -50,8 +50,8 @@ def shape(layers: int, scale: int) -> LlamaConfig:
     )
 
 
-def write(folder: Path, cfg: LlamaConfig) -> None:
-    """Random weights as Hugging Face stores them: finite bit patterns, cheap to draw."""
+def write(folder: Path, cfg: LlamaConfig, shard_bytes: int) -> None:
+    """Random weights as Hugging Face stores them, in several files: finite bit patterns, cheap to draw."""
     from jmlr_jax.nn.functional import abstract_params
 
     bfloat16 = leaves(abstract_params(cfg))["embed"].dtype
@@ -70,7 +70,7 @@ def write(folder: Path, cfg: LlamaConfig) -> None:
         sys.exit(f"{folder.parent}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB and 1 GB to spare are needed")
     with whole_directory(folder) as part:
         write_json(part / "config.json", llama_to_hf(cfg))
-        write_directory(part, tensors, SHARD_BYTES)
+        write_directory(part, tensors, shard_bytes)
 
 
 def memory(field: str) -> int:
@@ -100,6 +100,7 @@ def read(folder: Path, cfg: LlamaConfig) -> dict[str, float]:
     gigabyte = 1e9
     return {
         "devices": jax.device_count(),
+        "files": len(list(folder.glob("*.safetensors"))),
         "weights_gb": weights / gigabyte,
         "seconds": seconds,
         "gb_per_second": weights / gigabyte / seconds,
@@ -127,7 +128,7 @@ def main() -> None:
     try:
         if not folder.exists():
             started = time.perf_counter()
-            write(folder, cfg)
+            write(folder, cfg, SHARD_BYTES // args.scale**2)  # as many files as at full size
             print(f"written in {time.perf_counter() - started:.0f} s", flush=True)
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}"
         done = subprocess.run(

@@ -1,24 +1,21 @@
-"""A small retriever with a tokenizer, the same in every environment, the texts it is tried on, and what this project
-and colbert-ai make of them.
-
-``python tests/hf_colbert.py FOLDER`` writes it as FOLDER/colbert and FOLDER/pylate with the texts, for
-``benchmarks/pylate_reference.py``, which records what PyLate makes of them.
-"""
+"""A small retriever with a tokenizer, the same in every environment, the texts it is tried on, and what this project,
+PyLate and colbert-ai make of them."""
 
 from __future__ import annotations
 
 import json
 import string
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pylate.models
 import torch
 import transformers
 from etils import epath
+from pylate.scores import colbert_scores
 
 from jmlr_jax.config import BertConfig, RetrieverConfig
 from jmlr_jax.data.tokenise import tokenise
@@ -148,9 +145,15 @@ def colbert_ai(folder: Path) -> tuple[HFColBERT, torch.Tensor]:
     return model, pairs.masked_fill(~kept[None, :, None], -9999).max(-1).values.sum(-1)
 
 
-if __name__ == "__main__":
-    for chosen in CONFIGS:
-        target = Path(sys.argv[1]) / chosen
-        target.mkdir(parents=True)
-        export(chosen, target)
-    (Path(sys.argv[1]) / "texts.json").write_text(json.dumps({"queries": QUERIES, "passages": PASSAGES}))
+def pylate_itself(folder: Path) -> dict[str, Any]:
+    """What PyLate makes of a directory, by the names of :func:`encode`: for each text ids, attention mask and the
+    vectors it keeps, and scores [queries, passages]."""
+    model, found = pylate.models.ColBERT(str(folder), device="cpu"), {}
+    for side, texts in (("query", QUERIES), ("passage", PASSAGES)):
+        given = [model.tokenize([text], is_query=side == "query") for text in texts]
+        found[f"{side}_ids"] = [row["input_ids"][0].tolist() for row in given]
+        found[f"{side}_mask"] = [row["attention_mask"][0].tolist() for row in given]
+        asked = {"is_query": side == "query", "convert_to_tensor": True, "show_progress_bar": False}
+        found[side[0]] = [model.encode([text], **asked)[0] for text in texts]
+    found["scores"] = [[colbert_scores(q[None], p[None]).item() for p in found["p"]] for q in found["q"]]
+    return found

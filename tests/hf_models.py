@@ -27,26 +27,28 @@ def rope(kind: str, **more: float) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
 
 
-LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+# Lengths and bases are chosen so that some frequencies are kept, some scaled, and some lie between.
+LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=96)
+YARN = {"factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 100.0}
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, {}),
     "llama, tied, own head width": (transformers.LlamaConfig, {"tie_word_embeddings": True, "head_dim": 16}),
     "llama, linear": (transformers.LlamaConfig, rope("linear", factor=4.0)),
     "llama, dynamic": (transformers.LlamaConfig, rope("dynamic", factor=2.0) | {"max_position_embeddings": 16}),
-    "llama, llama3": (transformers.LlamaConfig, LLAMA3),
-    "llama, yarn": (transformers.LlamaConfig, rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "llama, llama3": (transformers.LlamaConfig, LLAMA3 | {"max_position_embeddings": 128}),
+    "llama, yarn": (transformers.LlamaConfig, rope("yarn", **YARN) | {"max_position_embeddings": 256}),
     "mistral": (transformers.MistralConfig, {"sliding_window": 5, "num_key_value_heads": 1}),
     "mistral, no window": (transformers.MistralConfig, {"sliding_window": None}),
     "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
     "qwen2, window, yarn": (
         transformers.Qwen2Config,
-        rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, attention_factor=1.2)
-        | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0},
+        rope("yarn", **YARN, beta_fast=2.0, beta_slow=0.25, attention_factor=1.2)
+        | {"max_position_embeddings": 256, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0},
     ),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 16}),
     "qwen3, yarn": (
         transformers.Qwen3Config,
-        rope("yarn", factor=4.0, original_max_position_embeddings=16) | {"head_dim": 16},
+        rope("yarn", **YARN) | {"head_dim": 16, "max_position_embeddings": 256},
     ),
 }
 

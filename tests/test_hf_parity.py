@@ -93,12 +93,20 @@ def test_every_dtype_on_disk(name: str, dtype: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(forward(params, cfg, tokens(), np.full(2, T))[1], theirs, atol=TOLERANCE, rtol=0)
 
 
+@partial(jax.jit, static_argnums=1)
+def step(params: Params, cfg: LlamaConfig, ids: np.ndarray) -> tuple[jax.Array, Params]:
+    """Loss and gradients."""
+    return jax.value_and_grad(answer_loss)(params, cfg, ids)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
-def test_one_training_step(name: str, tmp_path: Path) -> None:
-    """Loss and every gradient, carried back under transformers' names by the table that exports weights."""
-    model = hf_models.decoder(name, tmp_path)
+def test_one_training_step(name: str, dtype: str, tmp_path: Path) -> None:
+    """Loss and every gradient, carried back under transformers' names by the table that exports weights, from weights
+    stored in each dtype."""
+    model = hf_models.decoder(name, tmp_path, getattr(torch, dtype))
     cfg, params = load_generator(str(tmp_path), ASKED)
-    loss, grads = jax.jit(jax.value_and_grad(answer_loss), static_argnums=1)(params, cfg, tokens())
+    loss, grads = step(params, cfg, tokens())
     ids = torch.tensor(tokens())
     theirs = model(ids, labels=ids).loss
     theirs.backward()

@@ -217,7 +217,8 @@ TRAINING = {
 
 def test_a_run_that_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Published weights, prepared data, the joint step, export, all by commands. transformers then answers 20 prompts
-    of this data with the tokens that the trained weights give here, PEFT has their logits, colbert-ai their scores."""
+    of this data with the tokens that the trained weights give here, PEFT has their logits, PyLate and colbert-ai their
+    scores."""
     one_device(monkeypatch)
     base, out = tmp_path / "base", tmp_path / "out"
     train_generator_tokenizer(
@@ -282,4 +283,5 @@ def test_a_run_that_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     tokenizer = run.prepared.tokenizer_dir("retriever")
     scores = hf_colbert.encode(run.retriever, end["retriever"], tokenizer)["scores"]
     np.testing.assert_allclose(scores, hf_colbert.colbert_ai(out / "colbert")[1].detach(), atol=1e-4)
+    np.testing.assert_allclose(scores, hf_colbert.pylate_itself(out / "pylate")["scores"], atol=1e-4)
     equal(load_retriever(str(out / "pylate"), run.cfg.retriever, jax.random.key(0))[1], end["retriever"])
