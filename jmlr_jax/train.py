@@ -212,9 +212,9 @@ def _refresh(run: Run, loop: Loop, stream: Any, step: int) -> None:
     cfg = run.cfg.train
     ahead = _stream(run)
     ahead.set_state(stream.get_state())
-    length = cfg.refresh_steps + cfg.refresh_delay if cfg.refresh_steps else 0
+    length = cfg.refresh_steps + cfg.refresh_delay if cfg.refresh_steps else cfg.steps
     rows = np.arange(len(loop.candidates.train_NxK))
-    if 0 < length * cfg.batch_size < len(rows) and "retriever" in loop.state["params"]:
+    if length * cfg.batch_size < len(rows) and "retriever" in loop.state["params"]:
         rows = np.concatenate([next(ahead) for _ in range(length)])
     retriever = loop.state["params"].get("retriever", loop.frozen.get("retriever"))
     # A copy: the step donates its state, and the refresh outlives it.
