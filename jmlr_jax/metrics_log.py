@@ -32,8 +32,8 @@ class MetricsLog:
       every: steps between lines of the files; the last step is always written.
       questions: per step, for the speed.
       step: steps done already; what the files hold of later ones was lost in a crash and is cut off.
-      seconds: what else the clock knows, by name, in seconds from any start; its share of the time since the last line
-        is written as ``speed/NAME_share``.
+      seconds: what else the clock knows, in seconds from any start; its share of the time since the last line is written
+        under the same name.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class MetricsLog:
                 "speed/tokens_per_s": self._tokens / seconds,
             }
             spent = self._seconds()
-            speed |= {f"speed/{name}_share": (s - self._seconds_before[name]) / seconds for name, s in spent.items()}
+            speed |= {name: (s - self._seconds_before[name]) / seconds for name, s in spent.items()}
             self._seconds_before = spent
             self._write("speed.jsonl", step, speed)
             self._clock, self._clock_step, self._tokens = time.monotonic(), step, 0.0

@@ -233,12 +233,13 @@ class Candidates:
         self._waited = 0.0
 
     def seconds(self) -> dict[str, float]:
-        """What refreshes have cost this process so far, in seconds: ``refresh``, a thread of theirs was at work beside
-
-        the steps; ``refresh_wait``, no step could begin for one.
-        """
+        """What refreshes have cost this process so far, in seconds, by the metric that their share of the time becomes:
+        a thread of theirs was at work beside the steps, and no step could begin for one."""
         done, began = self._beside
-        return {"refresh": done + (time.monotonic() - began if began else 0.0), "refresh_wait": self._waited}
+        return {
+            "speed/refresh_share": done + (time.monotonic() - began if began else 0.0),
+            "speed/refresh_wait_share": self._waited,
+        }
 
     def start(self, step: int, retriever: Any, rows: np.ndarray) -> None:
         """Begins the refresh of `step` for these training questions.

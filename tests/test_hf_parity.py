@@ -120,7 +120,11 @@ def test_one_training_step(name: str, dtype: str, tmp_path: Path) -> None:
 
 def test_long_context(tmp_path: Path) -> None:
     """4,096 tokens with Llama 3's scaling: the last position's logits, which see every rotation."""
-    changes = {"max_position_embeddings": 8192, "num_hidden_layers": 1}
+    # Angles of thousands of radians would show the last bit of a frequency: 4,096 * 2**-24 is more than the tolerance.
+    scaled = hf_models.rope(
+        "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+    )
+    changes = scaled | {"max_position_embeddings": 8192, "num_hidden_layers": 1}
     model = hf_models.decoder("llama, llama3", tmp_path, **changes)
     cfg, params = load_generator(str(tmp_path), LlamaConfig(max_positions=4096))
     ids = tokens(1, 4096)

@@ -85,13 +85,13 @@ def test_a_half_written_line_goes_even_if_its_step_would_stay(tmp_path):
 
 
 def test_other_clocks_are_written_as_shares_of_the_time(tmp_path, monkeypatch):
-    now, spent = [100.0], {"refresh": 7.0, "refresh_wait": 0.0}
+    now, spent = [100.0], {"a": 7.0, "b": 0.0}
     monkeypatch.setattr(metrics_log.time, "monotonic", lambda: now[0])
     with MetricsLog(tmp_path, "jmlr", 4, 2, 4, 0, lambda: dict(spent)) as log:
         log.push(1, {}, {})
         for step, (second, refresh, wait) in enumerate(((110, 9, 1), (120, 9, 6), (130, 9, 6)), 2):
-            now[0], spent["refresh"], spent["refresh_wait"] = second, refresh, wait
+            now[0], spent["a"], spent["b"] = second, refresh, wait
             log.push(step, {}, {}) if step < 5 else None
         log.flush()
-    shares = [(row["speed/refresh_share"], row["speed/refresh_wait_share"]) for row in rows(tmp_path, "speed.jsonl")]
+    shares = [(row["a"], row["b"]) for row in rows(tmp_path, "speed.jsonl")]
     assert shares == [pytest.approx((2 / 20, 6 / 20)), pytest.approx((0, 0))]
