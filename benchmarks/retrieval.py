@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=[IndexConfig().bits], help="codes of ours to compare")
     parser.add_argument("--plaid-bits", type=int, nargs="+", default=[2], help="codes of fast-plaid to compare")
     parser.add_argument("--batch", type=int, default=128, help="questions in a batch")
-    parser.add_argument("--single", type=int, default=50, help="questions asked one at a time")
+    parser.add_argument("--single", type=int, default=25, help="questions asked one at a time")
     parser.add_argument("--exact", type=int, default=16, help="questions of the exact search, in its one batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("index", nargs="*", help="overrides of the index: rerank=4000 recall=0.96")
@@ -298,7 +298,7 @@ def main() -> None:
             peers = Peers(args.peers, world, args.cache / f"peers_{len(world.passages)}", TUNING)
             wanted: dict[str, dict[str, Any]] = {"FAISS IVF, pooled": {}}
             for nbits in args.plaid_bits:
-                for full, probe in ((4096, 8), (1024, 4), (8192, 32)):
+                for full, probe in ((4096, 8), (1024, 4)):
                     knobs = {"nbits": nbits, "n_full_scores": full, "n_ivf_probe": probe}
                     wanted[f"fast-plaid, {nbits} bits, {full} scored, {probe} probed"] = {"plaid": knobs}
             for name, how in wanted.items():

@@ -148,35 +148,62 @@ class Module:
         return sum(_product_flops(inner, called) + self._fused_flops(inner) for inner in called.values())
 
     def _turns(self, loop: Instruction, inside: Computation) -> int:
-        """How often a loop turns: a counter from a constant up to a constant, as scans compile to.
+        """How often a loop turns at most: a counter from a constant up to a constant, as scans compile to, and loops
+        that may end before.
 
         Raises:
             ValueError: the loop's bounds are not constants.
         """
         if loop.get("trips"):
             return int(loop.get("trips"))
-        condition = self.computations[loop.get("condition")]
         start = inside[loop.operands[0]]
-        test = next((i for i in condition.values() if i.root), None)
-        while test is not None and test.opcode == "fusion":
-            condition = self.computations[test.get("calls")]
-            test = next(i for i in condition.values() if i.root)
-        if test is None or test.opcode != "compare" or "direction=LT" not in test.rest:
-            raise ValueError(f"loop {loop.name}: its condition is not a comparison with a bound")
-        first, bound = (self._constant(o, condition, start, inside) for o in test.operands)
-        return bound - first
+        condition = self.computations[loop.get("condition")]
+        test = next(i for i in condition.values() if i.root)
+        for found, scope in self._comparisons(test, _Scope(condition, (), None)):
+            first, bound = (self._constant(name, scope, start, inside) for name in found.operands)
+            if first is not None and bound is not None:
+                return bound - first
+        raise ValueError(f"loop {loop.name}: its condition compares no counter with a constant")
 
-    def _constant(self, name: str, condition: Computation, start: Instruction, inside: Computation) -> int:
-        one = condition[name]
-        if one.opcode == "constant":
-            return int(one.literal)
+    def _comparisons(self, test: Instruction, scope: _Scope) -> Iterator[tuple[Instruction, _Scope]]:
+        """Every ``a < b`` that must hold for `test` to hold."""
+        if test.opcode == "compare" and "direction=LT" in test.rest:
+            yield test, scope
+        elif test.opcode == "fusion":
+            called = self.computations[test.get("calls")]
+            root = next(i for i in called.values() if i.root)
+            yield from self._comparisons(root, _Scope(called, test.operands, scope))
+        elif test.opcode == "parameter" and scope.caller is not None:
+            name = scope.operands[int(test.literal)]
+            yield from self._comparisons(scope.caller.computation[name], scope.caller)
+        elif test.opcode in ("and", "copy", "bitcast"):
+            for name in test.operands:
+                yield from self._comparisons(scope.computation[name], scope)
+
+    def _constant(self, name: str, scope: _Scope, start: Instruction, inside: Computation) -> int | None:
+        """The value of an integer of a loop's condition, the counter's before the first turn; None if it has none."""
+        one = scope.computation[name]
+        while one.opcode in ("parameter", "copy", "bitcast"):
+            if one.opcode != "parameter":
+                one = scope.computation[one.operands[0]]
+            elif scope.caller is None:
+                return None
+            else:
+                one, scope = scope.caller.computation[scope.operands[int(one.literal)]], scope.caller
         if one.opcode == "get-tuple-element" and start.opcode == "tuple":
-            found = inside[start.operands[int(one.get("index"))]]
-            while found.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-                found = inside[found.operands[0]]
-            if found.opcode == "constant":
-                return int(found.literal)
-        raise ValueError(f"loop bound {name}: {one.opcode} is not a constant")
+            one = inside[start.operands[int(one.get("index"))]]
+            while one.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+                one = inside[one.operands[0]]
+        return int(one.literal) if one.opcode == "constant" and one.literal.lstrip("-").isdigit() else None
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """A computation with what it was called on, names in the computation that calls it."""
+
+    computation: Computation
+    operands: tuple[str, ...]
+    caller: _Scope | None
 
 
 def parse(text: str) -> Module:

@@ -29,12 +29,21 @@ from jmlr_jax.flops import CHIPS, GIB, Chip, Work, step_work
 from jmlr_jax.hlo import parse
 from jmlr_jax.nn.functional import abstract_params, encode_passages, logical_axes
 from jmlr_jax.optim import make_optimizer, state_shardings
-from jmlr_jax.sharding import ShardingError, batch_sharding, check_rows, make_mesh, partition_spec, shardings
+from jmlr_jax.sharding import (
+    ShardingError,
+    batch_sharding,
+    check_rows,
+    make_mesh,
+    partition_spec,
+    replicated_report,
+    shardings,
+)
 from jmlr_jax.step import StepSpec, init_state, make_step
 
 SPARE = 0.05  # share of the memory that a plan should leave: the compiler's count is not the runtime's
 OPTIONS = 5  # continuations of a question in evaluation: four options and the right answer
 MEDQA_QUESTIONS = 10_178
+LARGE = 2**20  # bytes: arrays of at least this size should not stand whole on every chip
 _OUT_OF_MEMORY = re.compile(
     r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm"
     r"|temporaries \(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)"
@@ -73,13 +82,19 @@ class Program:
 
 @dataclass(frozen=True)
 class Plan:
-    """A configuration on a slice. `encode` and `evaluate` are None where only the step was asked for."""
+    """A configuration on a slice.
+
+    Attributes:
+      replicated: weights and moments of at least LARGE bytes that every chip holds whole, with their bytes.
+      encode, evaluate: None where only the step was asked for.
+    """
 
     cfg: Config
     topology: str
     chip: Chip
     mesh: dict[str, int]
     work: Work
+    replicated: list[tuple[str, int]]
     step: Program
     encode: Program | None = None
     evaluate: Program | None = None
@@ -128,8 +143,11 @@ def make_plan(cfg: Config, topology: str | None = None, *, whole: bool = True) -
     check_rows(mesh, cfg.train.batch_size // cfg.train.accumulate, "train.batch_size / train.accumulate")
     programs = {"step": step_program} | ({"encode": encode_program, "evaluate": evaluate_program} if whole else {})
     window = cfg.generator.llama.sliding_window
-    compiled = {key: _compile(make(cfg, mesh), chip, window) for key, make in programs.items()}
-    return Plan(cfg, name, chip, dict(mesh.shape), step_work(resolved(cfg)), **compiled)
+    sources = {key: make(cfg, mesh) for key, make in programs.items()}
+    state, frozen, _ = sources["step"].arguments
+    replicated = replicated_report({"state": state, "frozen": frozen}, LARGE)
+    compiled = {key: _compile(source, chip, window) for key, source in sources.items()}
+    return Plan(cfg, name, chip, dict(mesh.shape), step_work(resolved(cfg)), replicated, **compiled)
 
 
 def search(cfg: Config, topology: str | None = None) -> Iterator[Plan]:

@@ -55,7 +55,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
     """The plan as plain values; times are null where the step does not fit, and `breakdown` holds the tables."""
     step, seconds = plan.step, plan.seconds
     estimate, questions = step.estimate, plan.cfg.train.batch_size
-    breakdown: dict[str, Any] = {"hbm_gib": _gib(step)}
+    breakdown: dict[str, Any] = {"hbm_gib": _gib(step), "replicated_bytes": dict(plan.replicated)}
     if estimate is not None:
         breakdown["seconds"] = estimate.seconds
         breakdown["flops"] = {
@@ -159,6 +159,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(_summary_table(plan))
     for line in verdict(plan):
         console.print(line, highlight=False)
+    for name, size in plan.replicated:
+        console.print(f"every chip holds all of {name}: {size / GIB:.3f} GiB", highlight=False)
     for note in NOTES:
         console.print(f"[dim]{note}[/dim]", highlight=False)
 

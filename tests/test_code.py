@@ -30,13 +30,16 @@ def decoded(code: TokenCode, cell, packed, gain):
     level = np.zeros((len(cell), DIM))
     at = start = 0
     for bits, count in code.widths:
-        if bits:
-            per = 8 // bits
+        planes = {3: (2, 1)}.get(bits, (bits,)) if bits else ()  # three bits: the lower two of all, the upper of all
+        lower = 0
+        for plane in planes:
+            per = 8 // plane
             for entry in range(count):
                 byte, place = entry % (count // per), entry // (count // per)
-                value = (packed[:, at + byte].astype(int) >> (bits * place)) & (2**bits - 1)
-                level[:, start + entry] = value - (2**bits - 1) / 2
-            at += bits * count // 8
+                value = (packed[:, at + byte].astype(int) >> (plane * place)) & (2**plane - 1)
+                level[:, start + entry] += value * 2**lower
+            at, lower = at + plane * count // 8, lower + plane
+        level[:, start : start + count] -= (2**bits - 1) / 2 if bits else 0
         start += count
     residual = (level * code.step_C) @ code.rotate_CxC.T
     return (0.8 + gain[:, None] / 400) * (code.centroids_GxC[cell] + code.scale_G[cell, None] * residual)
@@ -56,7 +59,7 @@ def test_docstrings():
     assert doctest.testmod(tokens_module) == (0, 2)
 
 
-@pytest.mark.parametrize("bits, bound", [(1, 0.25), (2, 0.12), (4, 0.02), (8, 0.001)])
+@pytest.mark.parametrize("bits, bound", [(1, 0.25), (2, 0.12), (3, 0.05), (4, 0.02), (8, 0.001)])
 def test_more_bits_less_error(tokens, bits, bound):
     code = fit_code(tokens, bits, len(tokens), seed=0)
     cell, packed, gain = coded(code, tokens)
@@ -67,7 +70,9 @@ def test_more_bits_less_error(tokens, bits, bound):
     np.testing.assert_allclose(np.linalg.norm(decoded(code, cell, packed, gain), axis=1), 1, atol=0.002)
 
 
-def test_scores_of_coded_tokens_are_those_of_the_decoded(tokens):
+@pytest.mark.parametrize("widths", [((2, 16),), ((3, 16),), ((4, 8), (3, 8)), ((8, 8), (1, 8)), ((3, 8), (0, 8))])
+def test_scores_of_coded_tokens_are_those_of_the_decoded(tokens, widths, monkeypatch):
+    monkeypatch.setattr(module, "bit_widths", lambda variance, budget: widths)
     code = fit_code(tokens, 2, len(tokens), seed=0)
     cell, packed, gain = coded(code, tokens[:50])
     q = unit_tokens(5, seed=7)
@@ -80,7 +85,7 @@ def test_bits_go_where_the_spread_is(tokens):
     assert code.widths[0][0] > 2 > code.widths[-1][0]
     assert sum(count for _, count in code.widths) == DIM and code.residual_bytes == 2 * DIM // 8
     flat = bit_widths(np.ones(16), 32)
-    assert flat == ((2, 16),)
+    assert flat == ((2, 16),) and bit_widths(np.ones(16), 48) == ((3, 16),)
     np.testing.assert_allclose(code.rotate_CxC @ code.rotate_CxC.T, np.eye(DIM), atol=1e-5)
     again = fit_code(tokens, 2, len(tokens), seed=0)
     np.testing.assert_array_equal(again.centroids_GxC, code.centroids_GxC)
@@ -117,7 +122,8 @@ def test_store_scores_like_numpy_and_survives_the_disk(tokens, bits, tmp_path):
     q = np.stack([unit_tokens(8, seed=1), unit_tokens(8, seed=2)])
     q[1, 5:] = 0  # absent
     other = store_of(tokens[500:], code, lengths[::-1])
-    x = tokens.astype(np.float16) if code is None else decoded(code, *coded(code, tokens))
+    x = tokens.astype(np.float16)  # what a store is given
+    x = x if code is None else decoded(code, *coded(code, x))
     of = [x[a:b] for a, b in itertools.pairwise(np.cumsum([0, *lengths]))]
     of += [x[500 + a : 500 + b] for a, b in itertools.pairwise(np.cumsum([0, *lengths[::-1]]))]
     found = np.asarray(score_tokens(code, q, gather([store, other], store.arrays, rows), hits=4))

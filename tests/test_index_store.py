@@ -129,7 +129,7 @@ def test_unknown_files_are_refused(saved):
 
 @pytest.mark.parametrize(
     "change",
-    [{"kind": "faiss"}, {"passages": 61}, {"entries": 61}, {"surplus": 1}, {"format": 1}, {"parts": []}, "elsewhere"],
+    [{"kind": "faiss"}, {"passages": 61}, {"entries": 61}, {"surplus": 1}, {"format": 2}, {"parts": []}, "elsewhere"],
 )
 def test_broken_cards_are_refused(saved, change):
     card = card_of(saved)

@@ -86,7 +86,7 @@ def test_a_plan_by_the_tpu_compiler(made: plan.Plan) -> None:
     assert 0 < found["hbm_gib"]["used"] < 1
     estimate = made.step.estimate
     assert estimate is not None
-    for name in ("encode", "judge", "read_forward", "read_recompute", "read_backward", "attention_kernels"):
+    for name in ("encode", "judge", "read_forward", "read_recompute", "read_backward", "update", "attention_kernels"):
         assert estimate.seconds[name] > 0, name
     assert found["step_seconds_estimated"] == pytest.approx(sum(found["breakdown"]["seconds"].values()))
     once = found["flops"]["compiled"] - found["breakdown"]["flops"]["recomputed"]
@@ -94,15 +94,18 @@ def test_a_plan_by_the_tpu_compiler(made: plan.Plan) -> None:
     # Forward and backward kernels of reading, forward ones of judging, and the forward ones computed again.
     assert estimate.kernel_flops > 0 and estimate.recomputed > 0
     assert {"all-gather", "all-reduce"} & estimate.collective_bytes.keys()
+    assert found["breakdown"]["replicated_bytes"] == {}
 
 
 def test_the_table_says_what_is_estimated(made: plan.Plan, capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    plan_report.print_plan(made, Console(width=200))
+    whole = replace(made, replicated=[("state.params.generator.embed", GIB)])
+    plan_report.print_plan(whole, Console(width=200))
     shown = capsys.readouterr().out
     assert "the joint step fits" in shown and "seconds, estimated" in shown and "it has run nowhere" in shown
     assert "an on-demand price" in shown and "read recompute" in shown
+    assert "every chip holds all of state.params.generator.embed: 1.000 GiB" in shown
 
 
 def test_what_does_not_fit_names_a_knob(made: plan.Plan) -> None:
@@ -180,6 +183,20 @@ def test_loops_products_and_collectives_are_counted() -> None:
     assert any(o.times == 10 and o.cycles > 0 for o in operations)
     gathered = [o for o in operations if o.kind == "all-gather"]
     assert gathered and {o.bytes for o in gathered} == {3 / 4 * 512 * 2048 * 2}
+
+
+def test_a_loop_that_may_end_early_counts_in_full() -> None:
+    """As generation has one: up to so many tokens, or until every row has ended."""
+    (device, *_) = plan.slice_of("v5e:2x2")[1]
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=[device])
+
+    def grow(x: jax.Array) -> jax.Array:
+        more = lambda state: (state[0] < 7) & ~jnp.all(state[1] > 9)  # noqa: E731
+        return jax.lax.while_loop(more, lambda state: (state[0] + 1, state[1] @ state[1]), (2, x))[1]
+
+    x = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=jax.NamedSharding(mesh, P()))
+    operations = hlo.parse(jax.jit(grow).lower(x).compile().as_text()).operations()
+    assert max(o.times for o in operations if o.flops) == 5
 
 
 CONVOLUTION = """

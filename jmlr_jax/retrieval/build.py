@@ -128,6 +128,7 @@ def build_index_of_pieces(
         bits=16 if isinstance(searcher, ExactIndex) else cfg.bits,
         hits=searcher.hits if isinstance(searcher, ScannIndex) else passages,
         leaves=searcher.leaves if isinstance(searcher, ScannIndex) else None,
+        spare=searcher.spare if isinstance(searcher, ScannIndex) else 1,
         build_seconds=round(seconds, 3),
         oracle_queries=len(sample_q_NxQxC) if recall else 0,
         recall=recall,
@@ -178,7 +179,7 @@ def update_index(
         parts = old.parts
         if len(rows):
             parts = (*parts, build_part(old.encoding, old.code, encode_rows(rows), len(rows)))
-        new = ScannIndex(old.encoding, old.code, parts, entry_N, old.hits, old.leaves)
+        new = ScannIndex(old.encoding, old.code, parts, entry_N, old.hits, old.leaves, old.spare)
         entries = stored + len(rows)
     changes = {
         "corpus_fingerprint": corpus_fingerprint,

@@ -2,9 +2,9 @@
 
 Letters: G centroids, C width of a vector, E bytes of a coded residual, T tokens, H hits of a question.
 
-A token is ``gain * (centroid[cell] + scale[cell] * rotate @ (level * step))``. Levels are small integers: 8, 4, 2, 1 or
-0 bits each, more for directions in which residuals spread more, so that the squared error is least for the bytes spent
-(reverse water-filling). Scoring rotates the question once and never builds the vectors (:func:`similarity`).
+A token is ``gain * (centroid[cell] + scale[cell] * rotate @ (level * step))``. Levels are small integers: 8, 4, 3, 2, 1
+or 0 bits each, more for directions in which residuals spread more, so that the squared error is least for the bytes
+spent (reverse water-filling). Scoring rotates the question once and never builds the vectors (:func:`similarity`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy as np
 from jax import Array
 
 # Of a unit Gaussian cut into 2^b equal steps: the step of least squared error, and that error (Max, 1960).
-STEP = {1: 1.596, 2: 0.9957, 4: 0.3352, 8: 0.0308}
-ERROR = {0: 1.0, 1: 0.3634, 2: 0.1188, 4: 0.01154, 8: 0.0001}
+STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 0.0308}
+ERROR = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 8: 0.0001}
 GROUP = 8  # directions that share a number of bits: whole bytes at every width
 KMEANS_ROUNDS, TOKENS_PER_CENTROID = 8, 40
 ASSIGN_BATCH = 8192  # tokens compared with all centroids at once
@@ -62,7 +62,7 @@ def bit_widths(variance_C: np.ndarray, budget: int) -> tuple[tuple[int, int], ..
     ((4, 8), (2, 8), (0, 8))
     """
     variance = variance_C.reshape(-1, GROUP).sum(1)
-    bits, order = [0] * len(variance), (0, 1, 2, 4, 8)
+    bits, order = [0] * len(variance), tuple(ERROR)
     while True:
         best: tuple[float, int, int] | None = None
         for group, have in enumerate(bits):
@@ -111,7 +111,8 @@ def fit_code(sample_TxC: np.ndarray, bits: float, tokens: int, seed: int) -> Tok
     fed = sample_TxC
     if len(fed) > count * TOKENS_PER_CENTROID:
         fed = fed[rng.choice(len(fed), count * TOKENS_PER_CENTROID, replace=False)]
-    centroids_GxC = _kmeans(fed, count, rng)
+    # As they are kept on disk.
+    centroids_GxC = _kmeans(fed, count, rng).astype(np.float16).astype(np.float32)
     cell_T = _nearest(fed, centroids_GxC)
     residual_TxC = fed - centroids_GxC[cell_T]
     energy_G = np.bincount(cell_T, (residual_TxC**2).sum(1), count)
@@ -196,7 +197,12 @@ def _centred(level: Array, bits: int) -> Array:
 
 
 def _pack(level: Array, bits: int) -> Array:
-    """Levels [T, n] into bytes [T, n * bits / 8]; byte i holds entries i, i + n/per, ... from its low end."""
+    """Levels [T, n] into bytes [T, n * bits / 8]; byte i holds entries i, i + n/per, ... from its low end.
+
+    Three bits are the lower two of every entry, then the upper one of every entry.
+    """
+    if bits == 3:
+        return jnp.concatenate([_pack(level & 3, 2), _pack(level >> 2, 1)], axis=1)
     per = 8 // bits
     blocks = jnp.split(level, per, axis=1)
     packed = blocks[0]
@@ -207,6 +213,9 @@ def _pack(level: Array, bits: int) -> Array:
 
 def _unpack(packed: Array, bits: int) -> Array:
     """Inverse of :func:`_pack` on the last axis."""
+    if bits == 3:
+        lower = packed.shape[-1] * 2 // 3
+        return _unpack(packed[..., :lower], 2) | (_unpack(packed[..., lower:], 1) << 2)
     mask = 2**bits - 1
     return jnp.concatenate([(packed >> (bits * place)) & mask for place in range(8 // bits)], -1)
 

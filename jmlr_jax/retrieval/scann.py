@@ -32,7 +32,7 @@ from jmlr_jax.retrieval.vectors import TokenVectors, check_allowed, check_querie
 SCORE_BATCH = BATCHES[1]
 SAMPLE_TOKENS = 1_000_000  # from which a token code is learned
 SAMPLE_PASSAGES = 20_000  # of which no more are taken
-SPARE = 4  # centroids choose one hit in so many to score in full, but no fewer than so many times k
+SPARE = 4  # where nothing is tuned, centroids choose one hit in so many to score in full
 SOAR_LAMBDA = 1.5  # ScaNN's own choice where spilling is on
 
 
@@ -129,6 +129,7 @@ class ScannIndex:
       entry_N: int64, the entry that holds each row of the corpus.
       hits: how many of ScaNN's hits are scored.
       leaves: how many leaves the first part's search visits; None without a tree.
+      spare: one hit in so many is scored in full, chosen by their centroids; without a code all are.
     """
 
     kind = "scann"
@@ -141,11 +142,12 @@ class ScannIndex:
         entry_N: np.ndarray,
         hits: int,
         leaves: int | None,
+        spare: int = SPARE,
     ):
         self.encoding, self.code, self.parts, self.entry_N = encoding, code, tuple(parts), np.asarray(entry_N)
         # Held by the device: they would cross with every question.
         self._encoding, self._code = jax.device_put(encoding), jax.device_put(code)
-        self.hits, self.leaves = hits, leaves
+        self.hits, self.leaves, self.spare = hits, leaves, spare
         self.starts = np.cumsum([0, *(len(part.tokens) for part in self.parts)])
         self.row_E = np.full(self.starts[-1], -1, np.int32)  # the row that each entry holds, -1: none any more
         self.row_E[self.entry_N] = np.arange(len(self.entry_N), dtype=np.int32)
@@ -175,9 +177,9 @@ class ScannIndex:
         part = build_part(encoding, code, pieces, passages, how)
         return cls(encoding, code, (part,), np.arange(passages), cfg.rerank, part.how.leaves_searched)
 
-    def tuned(self, hits: int, leaves: int | None) -> ScannIndex:
+    def tuned(self, hits: int, leaves: int | None, spare: int = SPARE) -> ScannIndex:
         """The same index with other settings of its search."""
-        return ScannIndex(self.encoding, self.code, self.parts, self.entry_N, hits, leaves)
+        return ScannIndex(self.encoding, self.code, self.parts, self.entry_N, hits, leaves, spare)
 
     def __len__(self) -> int:
         return len(self.entry_N)
@@ -210,7 +212,7 @@ class ScannIndex:
 
     def kept(self, hits: int, k: int) -> int:
         """How many of so many hits are scored in full for the best k, after all have been by their centroids."""
-        return hits if self.code is None else min(hits, max(SPARE * k, -(-hits // SPARE)))
+        return hits if self.code is None else min(hits, max(2 * k, -(-hits // self.spare)))
 
     def nearest(
         self, q_NxQxC: np.ndarray, hits: int, allowed_N: np.ndarray | None = None

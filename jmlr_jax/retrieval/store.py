@@ -62,7 +62,7 @@ class Card(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     kind: Kind
     model_fingerprint: str
     corpus_fingerprint: str
@@ -72,6 +72,7 @@ class Card(BaseModel):
     bits: float
     hits: int
     leaves: int | None
+    spare: int
     build_seconds: float
     oracle_queries: int
     recall: dict[str, float]
@@ -248,7 +249,7 @@ def _load(directory: Path, card: Card) -> tuple[ExactIndex | ScannIndex, np.ndar
         code = _load_code(state / "code.npz") if "code.npz" in card.state.files else None
         parts = [Part.load(directory / folder.name, code) for folder in card.parts]
         rows = np.load(state / "entries.npy", allow_pickle=False)
-        searcher = ScannIndex(encoding, code, parts, rows, card.hits, card.leaves)
+        searcher = ScannIndex(encoding, code, parts, rows, card.hits, card.leaves, card.spare)
         entries = len(searcher.row_E)
     have, want = [len(searcher), entries, searcher.dim], [card.passages, card.entries, card.dim]
     if have != want:
@@ -272,14 +273,16 @@ def _save_encoding(encoding: Encoding, path: Path) -> None:
 
 
 def _save_code(code: TokenCode, path: Path) -> None:
-    arrays = {name: getattr(code, name) for name in ("centroids_GxC", "scale_G", "rotate_CxC", "step_C")}
-    np.savez(path, allow_pickle=False, widths=np.array(code.widths, np.int32), **arrays)
+    arrays = {name: getattr(code, name) for name in ("scale_G", "rotate_CxC", "step_C")}
+    centroids = code.centroids_GxC.astype(np.float16)  # they are such numbers
+    np.savez(path, allow_pickle=False, widths=np.array(code.widths, np.int32), centroids_GxC=centroids, **arrays)
 
 
 def _load_code(path: Path) -> TokenCode:
     with np.load(path, allow_pickle=False) as found:
         widths = tuple((int(bits), int(count)) for bits, count in found["widths"])
-        return TokenCode(found["centroids_GxC"], found["scale_G"], found["rotate_CxC"], found["step_C"], widths)
+        centroids = found["centroids_GxC"].astype(np.float32)
+        return TokenCode(centroids, found["scale_G"], found["rotate_CxC"], found["step_C"], widths)
 
 
 def _verify(directory: Path, folder: Folder) -> None:

@@ -1,4 +1,4 @@
-"""How many hits to score: recall against exact MaxSim for every choice, and the cheapest that reaches the target."""
+"""How many hits to score, and how many of these in full: recall for every choice, and the cheapest that is enough."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from jmlr_jax.retrieval.scann import ScannIndex
 from jmlr_jax.retrieval.tokens import BATCHES, best_of
 
 GRID = 1.25  # ratio of neighbouring numbers of hits
+SPARES = (1, 2, 4, 8, 16)  # one hit in so many is scored in full
+FULL_COST = 12  # of scoring a hit in full, where scoring its centroids is 1; measured, docs/benchmarks.md
 LEAF_SHARES = (32, 16, 8, 4)  # a tree is tried with one in so many of its leaves
 
 
 class Point(BaseModel):
     """One setting of the search: ``recall`` of the exact best ``k``, and what a question costs.
 
-    ``ms`` is measured at the most hits, search and scoring apart, and goes linearly with the hits between.
+    ``scored`` of the hits, one in ``spare``, are scored in full, the others by their centroids alone. ``ms`` is
+    measured at the most hits, search and scoring apart, and goes linearly with the hits between.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     hits: int
     leaves: int | None
+    spare: int
+    scored: int
     recall: float
     ms: float
 
@@ -82,18 +87,20 @@ def tune(
         tree = list(dict.fromkeys(-(-how.leaves // share) for share in LEAF_SHARES))
     points = [point for leaves in tree for point in _points(index.tuned(most, leaves), q_NxQxC, exact_NxK, most)]
     if target is None:
-        good = [point for point in points if point.hits == most]
+        scored = index.tuned(most, None).kept(most, k)
+        good = [point for point in points if (point.hits, point.scored) == (most, scored)]
         chosen = max(good, key=lambda point: (point.recall, -(point.leaves or 0)))
     else:
         good = [point for point in points if point.recall >= target]
         # Work, not the clock, decides: the same data give the same index.
         chosen = min(good, key=_work) if good else max(points, key=lambda point: (point.recall, -point.hits))
     curve = Curve(k=k, target=target, questions=len(q_NxQxC), chosen=chosen, points=points)
-    return index.tuned(chosen.hits, chosen.leaves), curve
+    return index.tuned(chosen.hits, chosen.leaves, chosen.spare), curve
 
 
 def _work(point: Point) -> tuple[int, int]:
-    return point.hits * (point.leaves or 1), point.hits
+    rough = point.hits if point.scored < point.hits else 0
+    return (rough + FULL_COST * point.scored) * (point.leaves or 1), point.hits
 
 
 def _points(index: ScannIndex, q_NxQxC: np.ndarray, exact_NxK: np.ndarray, most: int) -> list[Point]:
@@ -117,14 +124,20 @@ def _points(index: ScannIndex, q_NxQxC: np.ndarray, exact_NxK: np.ndarray, most:
     rough_NxH = np.concatenate(rough) if rough else score_NxH
     points = []
     for hits in grid(k, row_NxH.shape[1]):
-        kept = index.kept(hits, k)
-        place, _ = best_of(np.where(row_NxH[:, :hits] >= 0, np.arange(hits), -1), rough_NxH[:, :hits], kept)
-        row, score = (np.take_along_axis(x, np.maximum(place, 0), 1) for x in (row_NxH, score_NxH))
-        got, _ = best_of(np.where(place >= 0, row, -1), score, k)
-        rough_hits = hits if kept < hits else 0
-        ms = 1000 * (nearest_s + (score_s * kept + rough_s * rough_hits) / row_NxH.shape[1])
-        recall = round(share_found(exact_NxK, got), 5)
-        points.append(Point(hits=hits, leaves=index.leaves, recall=recall, ms=round(ms, 3)))
+        order = np.lexsort((row_NxH[:, :hits], -rough_NxH[:, :hits]))  # as a search does: best by centroids first
+        row, score = (np.take_along_axis(x, order, 1) for x in (row_NxH, score_NxH))
+        tried: set[int] = set()
+        for spare in SPARES if index.code is not None else (1,):
+            scored = index.tuned(hits, index.leaves, spare).kept(hits, k)
+            if scored in tried:
+                continue
+            tried.add(scored)
+            got, _ = best_of(row[:, :scored], score[:, :scored], k)
+            rough_hits = hits if scored < hits else 0
+            ms = 1000 * (nearest_s + (score_s * scored + rough_s * rough_hits) / row_NxH.shape[1])
+            recall = round(share_found(exact_NxK, got), 5)
+            point = Point(hits=hits, leaves=index.leaves, spare=spare, scored=scored, recall=recall, ms=round(ms, 3))
+            points.append(point)
     return points
 
 
@@ -147,18 +160,19 @@ def picture(curve: Curve) -> bytes:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for leaves in dict.fromkeys(point.leaves for point in curve.points):
-        line = [point for point in curve.points if point.leaves == leaves]
-        label = "no tree" if leaves is None else f"{leaves} leaves"
+    for leaves, spare in dict.fromkeys((point.leaves, point.spare) for point in curve.points):
+        line = [point for point in curve.points if (point.leaves, point.spare) == (leaves, spare)]
+        label = f"1 in {spare} scored in full" + ("" if leaves is None else f", {leaves} leaves")
         axes.plot([p.hits for p in line], [p.recall for p in line], marker=".", label=label)
     axes.plot([curve.chosen.hits], [curve.chosen.recall], "o", mfc="none", ms=12, color="black", label="chosen")
     if curve.target is not None:
         axes.axhline(curve.target, ls="--", lw=1, color="grey")
-    axes.set(xscale="log", xlabel="hits scored by MaxSim", ylabel=f"share of the exact best {curve.k} found")
+    axes.set(xscale="log", xlabel="hits", ylabel=f"share of the exact best {curve.k} found")
     axes.set_title(
-        f"{curve.questions} questions; chosen: {curve.chosen.hits} hits, {curve.chosen.ms:.1f} ms a question"
+        f"{curve.questions} questions; chosen: {curve.chosen.hits} hits, {curve.chosen.scored} in full, "
+        f"{curve.chosen.ms:.1f} ms a question"
     )
-    axes.legend()
+    axes.legend(fontsize=7)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
