@@ -1,0 +1,113 @@
+"""Twenty joint steps on every mesh of eight devices, with adapters and without, equal those of one device.
+
+Where a mesh sums in another order the last bits differ, and training multiplies differences: at a learning rate of 0.2
+by three to ten a step, until after a dozen steps nothing agrees. At the rate below they stay near the rounding of
+float32, far from the smallest gap between scores or judgements that a choice among passages hangs on, so sampling,
+ranking and dropout take part as they are. Plain gradient steps with momentum, because Adam turns gradients that are
+rounding and nothing else (the bias of a key) into steps of full size.
+
+Each array's path of twenty steps is compared with its own length: a gradient that lacks a sum over devices, or is
+averaged over the wrong number of them, is off by half of it or more.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from steps import RETRIEVER, batch, frozen, spec
+
+from jmlr_jax import lora, sharding
+from jmlr_jax.config import LlamaConfig, LoraConfig, MeshConfig
+from jmlr_jax.nn import functional as F
+from jmlr_jax.optim import state_shardings
+from jmlr_jax.step import StepSpec, init_state, make_step
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(shape) == 8]
+STEPS, BATCHES, LARGE = 20, 4, 1024  # bytes: what a projection takes
+LOSS, PATH = 1e-5, 1e-3  # nats; share of the way an array went
+# Eight of everything that is cut eight ways; dropout on, so that masks must not depend on the mesh either.
+LLAMA = LlamaConfig(
+    vocab_size=32, hidden_size=16, intermediate_size=8, num_layers=1, num_heads=8, num_kv_heads=8, tie_embeddings=False
+)
+LORA = LoraConfig(rank=8, alpha=16, dropout=0.1, targets=("q", "o", "down", "lm_head"), whole=("embed", "final_norm"))
+OPTIMIZER = {True: optax.sgd(0.01, momentum=0.9), False: optax.sgd(0.004, momentum=0.9)}  # with adapters, without
+
+
+def made(adapters: bool) -> StepSpec:
+    return replace(spec(lora=LORA if adapters else None), llama=LLAMA)
+
+
+@cache
+def start(adapters: bool) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What trains, on the host because each run gives its copy away, what is frozen, and the logical axes of all."""
+    base = F.init_llama(LLAMA, jax.random.key(0))
+    base["embed"] = base["embed"] * 40
+    params = {"generator": base, "retriever": F.init_colbert(RETRIEVER, jax.random.key(1))}
+    axes = {"generator": F.logical_axes(LLAMA), "retriever": F.logical_axes(RETRIEVER)}
+    if not adapters:
+        return jax.device_get(params), frozen(), axes
+    params["generator"] = lora.init_lora(LORA, LLAMA, jax.random.key(2))
+    axes |= {"base": axes["generator"], "generator": lora.lora_axes(LORA, LLAMA)}
+    return jax.device_get(params), frozen() | {"base": base}, axes
+
+
+@cache
+def batches() -> list[dict[str, Any]]:
+    return [{k: v for k, v in batch(8, seed).items() if k != "gumbel_BxK"} for seed in range(BATCHES)]
+
+
+def run(step: Any, state: dict[str, Any], still: dict[str, Any], place: Any) -> tuple[dict[str, Any], np.ndarray]:
+    """Weights at the end, and both losses of every step."""
+    losses = []
+    for number in range(STEPS):
+        state, metrics = step(state, still, place(batches()[number % BATCHES]))
+        losses.append([metrics["loss/answer"], metrics["loss/rank"]])
+    return jax.device_get(state["params"]), np.asarray(jax.device_get(losses))
+
+
+@cache
+def alone(adapters: bool) -> tuple[dict[str, Any], np.ndarray]:
+    """The same on one device."""
+    params, still, _ = start(adapters)
+    state = init_state(params, OPTIMIZER[adapters], jax.random.PRNGKey(0))
+    return run(jax.jit(make_step(made(adapters), OPTIMIZER[adapters])), state, still, lambda of: of)
+
+
+@pytest.mark.parametrize("adapters", [True, False], ids=["adapters", "full"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_every_mesh_of_eight_equals_one_device(shape: tuple[int, int, int], adapters: bool) -> None:
+    mesh = sharding.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
+    params, still, axes = start(adapters)
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    layout: dict[str, Any] = dict.fromkeys(("step", "key", "skipped", "skipped_in_row"), everywhere)
+    layout["params"] = sharding.shardings(mesh, {name: axes[name] for name in params}, params)
+    layout["opt"] = state_shardings(OPTIMIZER[adapters], params, layout["params"], everywhere)
+    with jax.set_mesh(mesh):
+        state = jax.device_put(init_state(params, OPTIMIZER[adapters], jax.random.PRNGKey(0)), layout)
+        if adapters:
+            placed = sharding.shardings(mesh, {"base": axes["base"]}, {"base": still["base"]})
+            still = still | jax.device_put({"base": still["base"]}, placed)
+        whole = [name for name, _ in sharding.replicated_report({"state": state, "still": still}, LARGE)]
+        if shape[0] < 8:  # along `tensor` alone the encoder is not cut, along `data` nothing is
+            assert [name for name in whole if shape[1] > 1 or "retriever" not in name] == []
+        step = jax.jit(make_step(made(adapters), OPTIMIZER[adapters]), donate_argnums=0, out_shardings=(layout, None))
+        weights, losses = run(step, state, still, lambda of: jax.device_put(of, sharding.batch_sharding(mesh)))
+        assert step._cache_size() == 1
+    expected, alone_losses = alone(adapters)
+    assert alone_losses[-BATCHES:, 0].mean() < alone_losses[:BATCHES, 0].mean() - 0.1, "nothing is learned"
+    np.testing.assert_allclose(losses, alone_losses, atol=LOSS, rtol=0)
+
+    def same_path(here: np.ndarray, there: np.ndarray, first: np.ndarray) -> None:
+        way = np.abs(there - first).max()
+        np.testing.assert_allclose(here, there, atol=PATH * max(way, 1e-3), rtol=0)
+
+    jax.tree.map(same_path, weights, expected, params)
