@@ -16,6 +16,7 @@ from typing import NamedTuple, NoReturn, get_args
 from jmlr_jax import config_io
 from jmlr_jax.config import ArmName, Config, DType
 from jmlr_jax.errors import JmlrError
+from jmlr_jax.libtpu import set_flags
 
 ARMS = get_args(ArmName)
 DESCRIPTION = "Joint training of a late-interaction retriever and a language model on multiple-choice questions."
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[args.command]
     if rest and not command.configured:
         parser.error(f"unexpected argument {rest[0]} for `jmlr {args.command}` (see jmlr {args.command} --help)")
+    set_flags()
     if getattr(args, "distributed", None) is not None:
         return _as_one_of_several(args.distributed, lambda: _act(command, args, rest))
     return _act(command, args, rest)

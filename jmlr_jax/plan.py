@@ -27,6 +27,7 @@ from jmlr_jax.estimate import Estimate, estimate
 from jmlr_jax.evaluate import evaluate_batch
 from jmlr_jax.flops import CHIPS, GIB, Chip, Work, step_work
 from jmlr_jax.hlo import parse
+from jmlr_jax.libtpu import set_flags
 from jmlr_jax.nn.functional import abstract_params, encode_passages, logical_axes
 from jmlr_jax.optim import make_optimizer, state_shardings
 from jmlr_jax.sharding import (
@@ -189,6 +190,7 @@ def slice_of(topology: str) -> tuple[Chip, list[Any]]:
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     for key, value in (quiet | {"TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_MIN_LOG_LEVEL": "3"}).items():
         os.environ.setdefault(key, value)
+    set_flags()
     from jax.experimental import topologies
 
     more = {"chip_config_name": "megacore"} if generation == "v4" else {}

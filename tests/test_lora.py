@@ -10,7 +10,7 @@ import pytest
 from jmlr_jax.config import LlamaConfig, LoraConfig
 from jmlr_jax.lora import abstract_lora, bind, complete, init_lora, lora_axes, merge
 from jmlr_jax.nn import functional as F
-from jmlr_jax.nn.layers import TARGETS
+from jmlr_jax.nn.layers import TARGETS, _dropped
 
 V = 40
 LLAMA = LlamaConfig(vocab_size=V, num_kv_heads=2, tie_embeddings=False)
@@ -94,7 +94,7 @@ def test_dropout_needs_a_key_repeats_with_it_and_keeps_the_mean(params: dict) ->
 
 def test_dropout_masks(params: dict) -> None:
     """Under one key, with the same inputs and weights: other masks in another layer and for another input of it, the
-    same for adapters that read one input; positions of both halves are dropped, each on its own."""
+    same for adapters that read one input."""
     tree = {n: {"a": jnp.ones((8, 1)), "b": jnp.ones((1, 8))} for n in ("q", "k", "gate")}
     bound = bind({"layers": jax.tree.map(lambda x: jnp.stack([x, x]), tree)}, LORA, KEY)
     trees, keys = bound.per_layer(2)
@@ -104,10 +104,29 @@ def test_dropout_masks(params: dict) -> None:
     assert not np.allclose(first, layer[1].update("q", x, 1))
     assert not np.allclose(first, layer[0].update("gate", x, 1))
     np.testing.assert_array_equal(first, layer[0].update("k", x, 1))
-    assert len(np.unique(first[..., 0])) > 3 and not np.allclose(first[:, :3], first[:, 4:])
-    kept = bound.at_layer((jax.tree.map(lambda t: t[0], trees), keys[0])).update("q", jnp.ones((40, 50, 8)), 1)
-    np.testing.assert_allclose(kept[:, :25].mean() / 8 / bound.scale, 1, atol=0.04)  # 8,000 draws: deviation 0.011
-    np.testing.assert_allclose(kept[:, 25:].mean() / 8 / bound.scale, 1, atol=0.04)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5])
+def test_dropout_is_independent(rate: float) -> None:
+    """Share dropped; correlation of neighbouring places; means of rows, columns and keys; every two columns: all
+    within some five deviations of independent draws."""
+    shape = (4, 32, 8, 64)
+    keys = jax.random.split(KEY, 64)
+    mask = np.asarray(jax.vmap(lambda key: _dropped(jnp.ones(shape), key, rate))(keys)) == 0
+    deviation = (rate * (1 - rate)) ** 0.5
+    assert abs(mask.mean() - rate) < 5 * deviation / mask.size**0.5
+    z = (mask - rate) / deviation
+    for axis in range(mask.ndim):
+        for shift in (1, 3):
+            pairs = z * np.roll(z, shift, axis)
+            assert abs(pairs.mean()) < 5 / z.size**0.5, (axis, shift)
+        rest = z.size // z.shape[axis]
+        means = z.mean(tuple(a for a in range(z.ndim) if a != axis)) * rest**0.5  # of each key, row, ... column
+        assert np.abs(means).max() < 5, axis
+    flat = z.reshape(-1, shape[-1]).astype(np.float32)
+    between = flat.T @ flat / len(flat)  # of every two columns
+    np.fill_diagonal(between, 0)
+    assert np.abs(between).max() < 5.5 / len(flat) ** 0.5
 
 
 def test_weights_that_train_whole(params: dict) -> None:

@@ -1,7 +1,7 @@
 """Twenty joint steps on every mesh of eight devices, with adapters and without, equal those of one device.
 
 Where a mesh sums in another order the last bits differ, and training multiplies differences: at a learning rate of 0.2
-by three to ten a step, until after a dozen steps nothing agrees. At the rate below they stay near the rounding of
+by three to ten a step, until after a dozen steps nothing agrees. At the rates below they stay near the rounding of
 float32, far from the smallest gap between scores or judgements that a choice among passages hangs on, so sampling,
 ranking and dropout take part as they are. Plain gradient steps with momentum, because Adam turns gradients that are
 rounding and nothing else (the bias of a key) into steps of full size.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jmlr_jax import cli, config_io, flops, hlo, plan, plan_report
+from jmlr_jax import cli, config_io, flops, hlo, libtpu, plan, plan_report
 from jmlr_jax.config import Config
 from jmlr_jax.estimate import estimate, part
 from jmlr_jax.flops import CHIPS, GIB, step_work
@@ -165,6 +166,19 @@ def test_command(made: plan.Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 # ---------------------------------------------------------------- compiled programs
+
+
+def test_flags_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the user set stands; what he did not name is added, once."""
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_other=1")
+    libtpu.set_flags()
+    libtpu.set_flags()
+    (flag, value), *more = libtpu.FLAGS.items()
+    rest = [f"--{name}={setting}" for name, setting in more]
+    assert os.environ["LIBTPU_INIT_ARGS"].split() == ["--xla_other=1", f"--{flag}={value}", *rest]
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{flag}=16384")
+    libtpu.set_flags()
+    assert os.environ["LIBTPU_INIT_ARGS"].split() == [f"--{flag}=16384", *rest]
 
 
 def test_loops_products_and_collectives_are_counted() -> None:

@@ -129,7 +129,7 @@ AXES = {
 }
 TARGETS = tuple(AXES)
 # Which input of a layer a projection reads. Adapters of one input share its dropout mask: each sees a mask of the same
-# law, and the random numbers, which take as long as the adapters' products, are drawn once.
+# law, and it is drawn once.
 INPUTS = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3, "lm_head": 4}
 
 
@@ -171,20 +171,31 @@ class Adapters:
         return jnp.tensordot(jnp.tensordot(x, a, n_in), b, 1) * self.scale
 
 
-def _dropped(x_BxT: jax.Array, key: jax.Array, rate: float) -> jax.Array:
-    """x with entries dropped at `rate`, the others scaled up to keep the mean.
+def _dropped(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+    """x with entries dropped at `rate`, the others scaled up to keep the mean."""
+    kept = _words(key, x.shape) >= jnp.uint32(round(rate * 2**32))
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
-    One random word of 32 bits serves two positions, sixteen bits each: a rate to four digits, for half the work. Halves
-    of the second axis, which no mesh axis cuts, so that the mask does not depend on the mesh.
+
+def _words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A uint32 for every place: a hash of the key and of where the place is, the same on every mesh.
+
+    Not JAX's generator, whose twenty rounds a number take as long as the products that the mask is for; this is drawn
+    within them. What dropout needs of it (rate, and no relation of rows, columns and keys) is tested.
     """
-    first, second = jnp.split(x_BxT, [-(-x_BxT.shape[1] // 2)], axis=1)
-    word = jax.random.bits(key, first.shape, jnp.uint32)
-    dropped = round(rate * 2**16)
+    first, second, third = jax.random.bits(key, (3,), jnp.uint32)
+    row = jnp.zeros(shape[:-1], jnp.uint32)
+    for axis, size in enumerate(shape[:-1]):
+        row = row * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape[:-1], axis)
+    column = _mixed(jax.lax.iota(jnp.uint32, shape[-1]) ^ first)
+    return _mixed(_mixed(_mixed(row ^ second) ^ third)[..., None] + column)
 
-    def cut(x: jax.Array, bits: jax.Array) -> jax.Array:
-        return jnp.where(bits >= dropped, x / (1 - dropped / 2**16), 0).astype(x.dtype)
 
-    return jnp.concatenate([cut(first, word & 0xFFFF), cut(second, word[:, : second.shape[1]] >> 16)], axis=1)
+def _mixed(x: jax.Array) -> jax.Array:
+    """A bijection of uint32 in which every bit of the input flips every bit of the output about half the time."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
 
 
 def project(
