@@ -97,6 +97,28 @@ class BertConfig(Strict):
         return self
 
 
+class AdapterConfig(Strict):
+    """Low-rank adapters on a frozen base: a weight is ``base + alpha / rank * a b``."""
+
+    rank: PositiveInt
+    alpha: float
+    targets: tuple[str, ...]
+    whole: tuple[str, ...]
+
+
+class EncoderLoraConfig(AdapterConfig):
+    """Adapters on the encoder's projections; an encoder has no dropout, and neither have they."""
+
+    rank: PositiveInt = 16
+    alpha: float = 32.0
+    targets: tuple[Literal["q", "k", "v", "o", "up", "down"], ...] = ("q", "k", "v", "o", "up", "down")
+    whole: tuple[str, ...] = Field(
+        ("projection",),
+        description="weights of the base that train entirely, by name: projection (to token vectors; random where a "
+        "plain encoder is the start), word, attn_norm, mlp_norm, ...",
+    )
+
+
 class RetrieverConfig(Strict):
     """The late-interaction encoder and how text becomes its tokens (METHOD step 1)."""
 
@@ -104,6 +126,7 @@ class RetrieverConfig(Strict):
     tokenizer: str = Field("train", description="'train' a small one in `jmlr prepare`, or a tokenizer directory")
     tokenizer_vocab: PositiveInt = Field(4096, description="size of the tokenizer that 'train' makes")
     bert: BertConfig = BertConfig()
+    lora: EncoderLoraConfig | None = Field(None, description="null trains every weight, as METHOD does")
     dim: PositiveInt = Field(32, description="C: width of a token vector (128 in the paper)")
     query_length: PositiveInt = Field(13, description="Q: query tokens, markers and augmentation included")
     passage_length: PositiveInt = Field(28, description="P: passage tokens, markers included")
@@ -116,16 +139,16 @@ class RetrieverConfig(Strict):
     skip_punctuation: bool = Field(True, description="passage punctuation takes no part in MaxSim")
 
 
-class LoraConfig(Strict):
-    """Low-rank adapters on a frozen base; the defaults are METHOD.md's."""
+class LoraConfig(AdapterConfig):
+    """Low-rank adapters on the decoder's projections; the defaults are METHOD.md's."""
 
     rank: PositiveInt = 128
     alpha: float = 256.0
-    dropout: float = Field(0.05, ge=0, lt=1)
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down", "lm_head")
     whole: tuple[str, ...] = Field(
         (), description="weights of the base that train entirely, by name: embed, attn_norm, mlp_norm, final_norm, ..."
     )
+    dropout: float = Field(0.05, ge=0, lt=1)
 
 
 class GeneratorConfig(Strict):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jmlr_jax.config import BertConfig, Config, LlamaConfig
+from jmlr_jax.config import BertConfig, Config, LlamaConfig, RetrieverConfig
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def step_work(cfg: Config) -> Work:
     """FLOPs that METHOD needs for one question of a joint step, every row at its full length.
 
     Judging is a forward pass. Reading is a forward pass, the gradients of activations and, of what trains, those of
-    weights: all of them in full fine-tuning, under adapters the adapters' own. The retriever is trained whole.
+    weights: all of them in full fine-tuning, under adapters the adapters' own. The same holds for the retriever, whose
+    projection to token vectors may train whole beside its adapters.
     """
     llama, retriever, train = cfg.generator.llama, cfg.retriever, cfg.train
     weights, A = decoder_weights(llama), cfg.generator.answer_length
@@ -125,7 +126,19 @@ def step_work(cfg: Config) -> Work:
     encoding += encoder_forward(retriever.bert, retriever.dim, retriever.query_length)
     encoding += 2 * train.candidates * retriever.query_length * retriever.passage_length * retriever.dim
     judging = train.sampled * (2 * weights * judged + head + decoder_attention(llama, judged))
-    return Work(3 * encoding, judging, reading)
+    return Work(3 * encoding - _spared(retriever, train.candidates), judging, reading)
+
+
+def _spared(cfg: RetrieverConfig, passages: int) -> float:
+    """FLOPs that adapters save in training the retriever on a question and its candidates: gradients of frozen weights
+    less the adapters' own products."""
+    if cfg.lora is None:
+        return 0
+    D, F, tokens = cfg.bert.hidden_size, cfg.bert.intermediate_size, passages * cfg.passage_length + cfg.query_length
+    sides = {"up": (D, F), "down": (F, D)}
+    adapters = 3 * 2 * cfg.lora.rank * sum(sum(sides.get(name, (D, D))) for name in cfg.lora.targets)
+    frozen = cfg.bert.num_layers * (2 * (4 * D * D + 2 * D * F) - adapters)
+    return tokens * (frozen + (0 if "projection" in cfg.lora.whole else 2 * D * cfg.dim))
 
 
 def _sides(cfg: LlamaConfig, name: str) -> tuple[int, int]:

@@ -242,6 +242,11 @@ def step_program(cfg: Config, mesh: Mesh) -> Source:
     llama, retriever, train, g = cfg.generator.llama, cfg.retriever, cfg.train, cfg.generator
     weights = abstract_weights(cfg, mesh)
     params = {name: weights.pop(name) for name in ("retriever", "generator")}
+    if retriever.lora is not None:
+        adapters = lora.abstract_lora(retriever.lora, retriever)
+        axes = lora.lora_axes(retriever.lora, retriever)
+        weights["retriever_base"] = params["retriever"]
+        params["retriever"] = jax.tree.map(_put, adapters, shardings(mesh, axes, adapters))
     placed = jax.tree.map(lambda x: x.sharding, params)
     optimizer = make_optimizer(train, train.steps)
     everywhere = NamedSharding(mesh, PartitionSpec())

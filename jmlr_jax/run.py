@@ -83,6 +83,18 @@ class Run:
         """``retriever``, ``generator`` and, under adapters, ``base``: fresh copies, placed on the mesh."""
         return jax.tree.map(jax.numpy.copy, self._initial[2])
 
+    def retriever_adapters(self) -> Weights:
+        """Adapters of ``retriever.lora`` that change nothing yet, placed on the mesh.
+
+        A phase that trains the retriever adds them to the weights it starts from and ends with plain weights again.
+        """
+        retriever = self.retriever
+        assert retriever.lora is not None
+        key = jax.random.split(jax.random.key(self.cfg.seed), 5)[4]  # the first four: see `_initial`
+        with jax.set_mesh(self.mesh):
+            made = lora.init_lora(retriever.lora, retriever, key)
+            return jax.device_put(made, shardings(self.mesh, lora.lora_axes(retriever.lora, retriever), made))
+
     @cached_property
     def _initial(self) -> tuple[RetrieverConfig, LlamaConfig, Weights]:
         """Shapes and weights before any training, from Hugging Face directories or from the seed alone."""
@@ -98,6 +110,8 @@ class Run:
                 retriever, weights["retriever"] = load_retriever(
                     cfg.retriever.source, cfg.retriever, retriever_key, mesh, tokens=ids.retriever_ids.vocab_size
                 )
+            if retriever.lora is not None:
+                lora.abstract_lora(retriever.lora, retriever)  # a wrong name is told before anything trains
             if cfg.generator.source == "scratch":
                 llama = cfg.generator.llama.model_copy(update={"vocab_size": ids.generator_ids.vocab_size})
                 base = init_llama(llama, generator_key)

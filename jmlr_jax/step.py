@@ -37,7 +37,7 @@ class StepSpec:
     """What is static in a step.
 
     Attributes:
-      retriever, llama: shapes of the two models, vocabulary sizes resolved.
+      retriever, llama: shapes of the two models, vocabulary sizes resolved; the former with its adapters.
       lora: adapters on the generator; None trains all of it.
       train: K, M, N, losses, accumulation.
       max_length: T, tokens of a reading prompt with its answer.
@@ -59,13 +59,24 @@ class StepSpec:
     passages: int
 
 
+def live_retriever(cfg: RetrieverConfig, weights: Weights) -> Weights:
+    """The retriever as it retrieves. Where adapters train, their base, ``retriever_base``, is there too: then its
+    weights are made whole of both, and gradients pass to the adapters."""
+    base = weights.get("retriever_base")
+    if base is None:
+        return weights["retriever"]
+    assert cfg.lora is not None
+    return lora.merge(base, weights["retriever"], cfg.lora)
+
+
 @jax.named_scope("encode")  # the names of the parts in profiles and plans
 def candidate_scores(spec: StepSpec, weights: Weights, batch: Batch) -> Array:
     """METHOD steps 1 and 2: normalised MaxSim of the live retriever, ``score_BxK`` float32 in [-1, 1]."""
     B, K, P = batch["passage_ids_BxKxP"].shape
-    q_BxQxC = encode_queries(weights["retriever"], spec.retriever, batch["query_ids_BxQ"], batch["query_len_B"])
+    retriever = live_retriever(spec.retriever, weights)
+    q_BxQxC = encode_queries(retriever, spec.retriever, batch["query_ids_BxQ"], batch["query_len_B"])
     ids_NxP, length_N = batch["passage_ids_BxKxP"].reshape(B * K, P), batch["passage_len_BxK"].reshape(B * K)
-    p_NxPxC, keep_NxP = encode_passages(weights["retriever"], spec.retriever, ids_NxP, length_N, weights["skip_V"])
+    p_NxPxC, keep_NxP = encode_passages(retriever, spec.retriever, ids_NxP, length_N, weights["skip_V"])
     p_BxKxPxC, keep_BxKxP = p_NxPxC.reshape(B, K, P, -1), keep_NxP.reshape(B, K, P)
     return minmax(maxsim(q_BxQxC, p_BxKxPxC, keep_BxKxP), batch["valid_BxK"])
 
@@ -174,7 +185,8 @@ def make_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> StepFn
 
     State: ``step`` and counters ``skipped``, ``skipped_in_row`` (int32), ``key`` (the run's, never consumed),
     ``params`` (what trains: ``retriever``, ``generator`` or both) and ``opt``. ``frozen`` is what a step reads but
-    never changes: ``skip_V`` (retriever vocabulary outside MaxSim), ``base`` under adapters, a half that is frozen.
+    never changes: ``skip_V`` (retriever vocabulary outside MaxSim), ``base`` and ``retriever_base`` under
+    adapters, a half that is frozen.
     Gradients that are not finite change nothing but the counters.
     """
     pieces, apply = spec.train.accumulate, partial(_update, optimizer)

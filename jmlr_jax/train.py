@@ -28,7 +28,7 @@ from jmlr_jax.placement import everywhere, own_arrays, place_batch, rows_held
 from jmlr_jax.profiling import tracer
 from jmlr_jax.run import Run, Weights
 from jmlr_jax.sharding import check_rows
-from jmlr_jax.step import StepSpec, init_state, make_step, reading_loss
+from jmlr_jax.step import StepSpec, init_state, live_retriever, make_step, reading_loss
 from jmlr_jax.tables import Candidates, fixed_table
 from jmlr_jax.warmup import ReadingLessons
 
@@ -146,6 +146,8 @@ def _build(run: Run, phase: Phase, folder: Path, steps: int, console: Console) -
     weights = phase_weights(run, phase)
     names = (["retriever"] if phase.rank else []) + (["generator"] if phase.read else [])
     params = {name: weights.pop(name) for name in names}
+    if phase.rank and run.retriever.lora is not None:
+        weights["retriever_base"], params["retriever"] = params["retriever"], run.retriever_adapters()
     console.print(f"{phase.name}: training " + ", ".join(f"{k} {v:,}" for k, v in trainable_counts(params).items()))
     train = cfg.train
     if phase.name == "warmup":
@@ -166,13 +168,12 @@ def _build(run: Run, phase: Phase, folder: Path, steps: int, console: Console) -
     )
     check_rows(run.mesh, train.batch_size // train.accumulate, "train.batch_size / train.accumulate")
     candidates, tables = None, {}
-    start = weights.get("retriever", params.get("retriever"))
     if phase.passages == "live":
         candidates = Candidates(run, folder / "tables")
     elif phase.passages == "mixed":
         tables = {"dev": fixed_table(run, "bm25", "dev", passages)}
     else:
-        own = own_arrays(start, run.mesh) if phase.passages == "retriever" else None
+        own = own_arrays(weights["retriever"], run.mesh) if phase.passages == "retriever" else None
         tables = {s: fixed_table(run, phase.passages, s, max(passages, 1), own) for s in ("train", "dev")}
     optimizer = make_optimizer(train, steps)
     placed = _state_shardings(run, params, optimizer)
@@ -196,7 +197,7 @@ def _build(run: Run, phase: Phase, folder: Path, steps: int, console: Console) -
 
 
 def _state_shardings(run: Run, params: Weights, optimizer: optax.GradientTransformation) -> dict[str, Any]:
-    params_placed = run.shardings_of(params, run.retriever, run.llama)
+    params_placed = jax.tree.map(lambda x: x.sharding, params)
     opt_placed = state_shardings(optimizer, params, params_placed, everywhere(run.mesh))
     counters = dict.fromkeys(("step", "key", "skipped", "skipped_in_row"), everywhere(run.mesh))
     return {**counters, "params": params_placed, "opt": opt_placed}
@@ -216,9 +217,8 @@ def _refresh(run: Run, loop: Loop, stream: Any, step: int) -> None:
     rows = np.arange(len(loop.candidates.train_NxK))
     if length * cfg.batch_size < len(rows) and "retriever" in loop.state["params"]:
         rows = np.concatenate([next(ahead) for _ in range(length)])
-    retriever = loop.state["params"].get("retriever", loop.frozen.get("retriever"))
     # A copy: the step donates its state, and the refresh outlives it.
-    copy = jax.tree.map(jax.numpy.copy, retriever)
+    copy = jax.tree.map(jax.numpy.copy, live_retriever(run.retriever, loop.frozen | loop.state["params"]))
     loop.candidates.start(step, own_arrays(copy, run.mesh), rows)
 
 
@@ -294,7 +294,9 @@ def _finish(run: Run, loop: Loop, checkpoints: Checkpoints, folder: Path) -> Non
         reopened.close()
     part = folder / ".weights.part"
     for name, tree in loop.state["params"].items():
-        save_weights(part / name, tree)
+        # The retriever is made whole: whatever retrieves with it later needs plain weights, and it is small.
+        plain = live_retriever(run.retriever, loop.frozen | loop.state["params"]) if name == "retriever" else tree
+        save_weights(part / name, plain)
     on_first(lambda: part.rename(folder / "weights"))
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmlr_jax.config import BertConfig, LlamaConfig, LoraConfig, RetrieverConfig, TrainConfig
+from jmlr_jax.config import BertConfig, EncoderLoraConfig, LlamaConfig, LoraConfig, RetrieverConfig, TrainConfig
 from jmlr_jax.lora import init_lora
 from jmlr_jax.nn import functional as F
 from jmlr_jax.step import StepSpec
@@ -22,6 +22,7 @@ ROOM = 1 + N * L + S + A
 LLAMA = LlamaConfig(vocab_size=V, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2, num_kv_heads=2)
 BERT = BertConfig(vocab_size=V, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2)
 RETRIEVER = RetrieverConfig(bert=BERT, dim=8, query_length=Q, passage_length=P, augment_queries=False)
+ENCODER_LORA = EncoderLoraConfig(rank=2, alpha=4, targets=("q", "o", "down"))
 LORA = LoraConfig(rank=2, alpha=4, dropout=0.5, targets=("q", "down"))
 
 

@@ -59,6 +59,11 @@ def test_optional_sections_go_on_and_off() -> None:
     assert load(None, ["generator.lora.rank=8"]).generator.lora.rank == 8  # type: ignore[union-attr]
     assert load(None, ["generator.lora={}"]).generator.lora.rank == 128  # type: ignore[union-attr]
     assert load(None, ["generator.lora.rank=8", "generator.lora=null"]).generator.lora is None
+    assert load(None).retriever.lora is None
+    adapters = load(None, ["retriever.lora={}", "retriever.lora.targets=[q, v]"]).retriever.lora
+    assert adapters is not None and adapters.targets == ("q", "v") and adapters.whole == ("projection",)
+    with pytest.raises(ConfigError, match=r"retriever\.lora\.targets.*'q', 'k', 'v', 'o', 'up' or 'down'"):
+        load(None, ["retriever.lora.targets=[q, gate]"])
 
 
 def test_text_is_taken_as_typed() -> None:

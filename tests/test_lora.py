@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmlr_jax.config import LlamaConfig, LoraConfig
+from jmlr_jax.config import BertConfig, EncoderLoraConfig, LlamaConfig, LoraConfig, RetrieverConfig
 from jmlr_jax.lora import abstract_lora, bind, complete, init_lora, lora_axes, merge
 from jmlr_jax.nn import functional as F
 from jmlr_jax.nn.layers import TARGETS, _dropped
@@ -172,3 +172,52 @@ def test_targets_that_match_nothing_are_named(params: dict) -> None:
     tree = init_lora(LORA, LLAMA, KEY)
     with pytest.raises(ValueError, match="adapters lm_head have no weight"):
         merge({k: v for k, v in params.items() if k != "lm_head"}, tree, LORA)
+
+
+# ---------------------------------------------------------------- the encoder
+
+RETRIEVER = RetrieverConfig(bert=BertConfig(vocab_size=V, num_layers=2), dim=8, query_length=7)
+ENCODER = EncoderLoraConfig(rank=4, alpha=12.0, whole=("projection", "up_bias"))
+
+
+@jax.jit
+def queries(params: dict) -> jax.Array:
+    return F.encode_queries(params, RETRIEVER, IDS, jnp.asarray(LENGTHS))
+
+
+def test_encoder_starts_at_its_base_and_has_its_shapes_and_axes() -> None:
+    params, tree = F.init_colbert(RETRIEVER, KEY), init_lora(ENCODER, RETRIEVER, KEY)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), abstract_lora(ENCODER, RETRIEVER))
+    assert tree["layers"]["o"]["a"].shape == (2, 2, 32, 4) and tree["layers"]["up"]["b"].shape == (2, 4, 128)
+    axes = lora_axes(ENCODER, RETRIEVER)
+    assert axes["layers"]["q"]["b"] == ("layers", "rank", "encoder_heads", "head_dim")
+    assert axes["whole"] == {"projection": ("embed", "token_vector"), "layers": {"up_bias": ("layers", "encoder_mlp")}}
+    merged = merge(params, tree, ENCODER)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, merged, params)
+
+
+def test_encoder_merges_what_adapters_would_add_and_gradients_pass() -> None:
+    params, tree = F.init_colbert(RETRIEVER, KEY), moved(init_lora(ENCODER, RETRIEVER, KEY))
+    merged = merge(params, tree, ENCODER)
+    a, b = (np.asarray(tree["layers"]["o"][side][1], np.float64) for side in "ab")
+    wanted = np.asarray(params["bert"]["layers"]["o"][1]) + 3 * np.einsum("hdr,re->hde", a, b)
+    np.testing.assert_allclose(merged["bert"]["layers"]["o"][1], wanted, atol=1e-5)
+    np.testing.assert_allclose(merged["projection"], params["projection"] + tree["whole"]["projection"], atol=1e-6)
+    same = [k for k, w in merged["bert"]["layers"].items() if np.array_equal(w, params["bert"]["layers"][k])]
+    assert set(same) == set(merged["bert"]["layers"]) - {*ENCODER.targets, "up_bias"}
+    np.testing.assert_array_equal(merged["bert"]["word"], params["bert"]["word"])
+    seen = jax.jit(jax.grad(lambda t: (queries(merge(params, t, ENCODER)) ** 3).sum()))(tree)
+    for path, g in jax.tree_util.tree_leaves_with_path(seen):
+        assert np.abs(g).max() > 0, path
+
+
+def test_errors_name_the_half_and_what_it_has() -> None:
+    wrong = ENCODER.model_copy(update={"whole": ("embed",)})
+    with pytest.raises(ValueError, match=r"retriever\.lora\.whole: 'embed' matches no weight; there are .*word"):
+        abstract_lora(wrong, RETRIEVER)
+    with pytest.raises(ValueError, match=r"retriever\.lora\.targets and retriever\.lora\.whole together name up twice"):
+        abstract_lora(ENCODER.model_copy(update={"whole": ("up",)}), RETRIEVER)
+    with pytest.raises(ValueError, match=r"generator\.lora\.whole: 'word' matches no weight"):
+        abstract_lora(LORA.model_copy(update={"whole": ("word",)}), LLAMA)

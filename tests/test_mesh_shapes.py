@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from steps import RETRIEVER, batch, frozen, spec
+from steps import ENCODER_LORA, RETRIEVER, batch, frozen, spec
 
 from jmlr_jax import lora, sharding
 from jmlr_jax.config import LlamaConfig, LoraConfig, MeshConfig
@@ -39,25 +39,32 @@ LLAMA = LlamaConfig(
     vocab_size=32, hidden_size=16, intermediate_size=8, num_layers=1, num_heads=8, num_kv_heads=8, tie_embeddings=False
 )
 LORA = LoraConfig(rank=8, alpha=16, dropout=0.1, targets=("q", "o", "down", "lm_head"), whole=("embed", "final_norm"))
-OPTIMIZER = {True: optax.sgd(0.01, momentum=0.9), False: optax.sgd(0.004, momentum=0.9)}  # with adapters, without
+FULL, GENERATOR, BOTH = "full", "adapters", "adapters on both"  # what trains
+OPTIMIZER = {FULL: optax.sgd(0.004, momentum=0.9), GENERATOR: optax.sgd(0.01, momentum=0.9)}
+OPTIMIZER[BOTH] = OPTIMIZER[GENERATOR]
 
 
-def made(adapters: bool) -> StepSpec:
-    return replace(spec(lora=LORA if adapters else None), llama=LLAMA)
+def made(what: str) -> StepSpec:
+    retriever = RETRIEVER.model_copy(update={"lora": ENCODER_LORA if what == BOTH else None})
+    return replace(spec(lora=None if what == FULL else LORA), llama=LLAMA, retriever=retriever)
 
 
 @cache
-def start(adapters: bool) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def start(what: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """What trains, on the host because each run gives its copy away, what is frozen, and the logical axes of all."""
     base = F.init_llama(LLAMA, jax.random.key(0))
     base["embed"] = base["embed"] * 40
     params = {"generator": base, "retriever": F.init_colbert(RETRIEVER, jax.random.key(1))}
     axes = {"generator": F.logical_axes(LLAMA), "retriever": F.logical_axes(RETRIEVER)}
-    if not adapters:
-        return jax.device_get(params), frozen(), axes
-    params["generator"] = lora.init_lora(LORA, LLAMA, jax.random.key(2))
-    axes |= {"base": axes["generator"], "generator": lora.lora_axes(LORA, LLAMA)}
-    return jax.device_get(params), frozen() | {"base": base}, axes
+    still = frozen()
+    if what != FULL:
+        still["base"], params["generator"] = base, lora.init_lora(LORA, LLAMA, jax.random.key(2))
+        axes |= {"base": axes["generator"], "generator": lora.lora_axes(LORA, LLAMA)}
+    if what == BOTH:
+        still["retriever_base"] = params["retriever"]
+        params["retriever"] = lora.init_lora(ENCODER_LORA, RETRIEVER, jax.random.key(3))
+        axes |= {"retriever_base": axes["retriever"], "retriever": lora.lora_axes(ENCODER_LORA, RETRIEVER)}
+    return jax.device_get(params), still, axes
 
 
 @cache
@@ -75,34 +82,36 @@ def run(step: Any, state: dict[str, Any], still: dict[str, Any], place: Any) -> 
 
 
 @cache
-def alone(adapters: bool) -> tuple[dict[str, Any], np.ndarray]:
+def alone(what: str) -> tuple[dict[str, Any], np.ndarray]:
     """The same on one device."""
-    params, still, _ = start(adapters)
-    state = init_state(params, OPTIMIZER[adapters], jax.random.PRNGKey(0))
-    return run(jax.jit(make_step(made(adapters), OPTIMIZER[adapters])), state, still, lambda of: of)
+    params, still, _ = start(what)
+    state = init_state(params, OPTIMIZER[what], jax.random.PRNGKey(0))
+    return run(jax.jit(make_step(made(what), OPTIMIZER[what])), state, still, lambda of: of)
 
 
-@pytest.mark.parametrize("adapters", [True, False], ids=["adapters", "full"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_every_mesh_of_eight_equals_one_device(shape: tuple[int, int, int], adapters: bool) -> None:
+@pytest.mark.parametrize(
+    ("shape", "what"),
+    [*itertools.product(SHAPES, (GENERATOR, FULL)), ((2, 2, 2), BOTH)],
+    ids=lambda x: x if isinstance(x, str) else "x".join(map(str, x)),
+)
+def test_every_mesh_of_eight_equals_one_device(shape: tuple[int, int, int], what: str) -> None:
     mesh = sharding.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
-    params, still, axes = start(adapters)
+    params, still, axes = start(what)
     everywhere = jax.NamedSharding(mesh, jax.P())
     layout: dict[str, Any] = dict.fromkeys(("step", "key", "skipped", "skipped_in_row"), everywhere)
     layout["params"] = sharding.shardings(mesh, {name: axes[name] for name in params}, params)
-    layout["opt"] = state_shardings(OPTIMIZER[adapters], params, layout["params"], everywhere)
+    layout["opt"] = state_shardings(OPTIMIZER[what], params, layout["params"], everywhere)
     with jax.set_mesh(mesh):
-        state = jax.device_put(init_state(params, OPTIMIZER[adapters], jax.random.PRNGKey(0)), layout)
-        if adapters:
-            placed = sharding.shardings(mesh, {"base": axes["base"]}, {"base": still["base"]})
-            still = still | jax.device_put({"base": still["base"]}, placed)
+        state = jax.device_put(init_state(params, OPTIMIZER[what], jax.random.PRNGKey(0)), layout)
+        bases = {name: still[name] for name in still.keys() & axes.keys()}
+        still = still | jax.device_put(bases, sharding.shardings(mesh, {name: axes[name] for name in bases}, bases))
         whole = [name for name, _ in sharding.replicated_report({"state": state, "still": still}, LARGE)]
         if shape[0] < 8:  # along `tensor` alone the encoder is not cut, along `data` nothing is
             assert [name for name in whole if shape[1] > 1 or "retriever" not in name] == []
-        step = jax.jit(make_step(made(adapters), OPTIMIZER[adapters]), donate_argnums=0, out_shardings=(layout, None))
+        step = jax.jit(make_step(made(what), OPTIMIZER[what]), donate_argnums=0, out_shardings=(layout, None))
         weights, losses = run(step, state, still, lambda of: jax.device_put(of, sharding.batch_sharding(mesh)))
         assert step._cache_size() == 1
-    expected, alone_losses = alone(adapters)
+    expected, alone_losses = alone(what)
     assert alone_losses[-BATCHES:, 0].mean() < alone_losses[:BATCHES, 0].mean() - 0.1, "nothing is learned"
     np.testing.assert_allclose(losses, alone_losses, atol=LOSS, rtol=0)
 

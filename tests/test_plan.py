@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jmlr_jax import cli, config_io, flops, hlo, libtpu, plan, plan_report
-from jmlr_jax.config import Config
+from jmlr_jax.config import Config, EncoderLoraConfig
 from jmlr_jax.estimate import estimate, part
 from jmlr_jax.flops import CHIPS, GIB, step_work
 from jmlr_jax.sharding import ShardingError
@@ -96,6 +96,16 @@ def test_a_plan_by_the_tpu_compiler(made: plan.Plan) -> None:
     assert estimate.kernel_flops > 0 and estimate.recomputed > 0
     assert {"all-gather", "all-reduce"} & estimate.collective_bytes.keys()
     assert found["breakdown"]["replicated_bytes"] == {}
+
+
+def test_a_plan_with_adapters_on_the_retriever(made: plan.Plan) -> None:
+    """It compiles, cut as a whole retriever is, and keeps moments of the adapters and the projection alone."""
+    cfg = small()
+    cfg = cfg.model_copy(update={"retriever": cfg.retriever.model_copy(update={"lora": EncoderLoraConfig()})})
+    found = plan.make_plan(cfg, whole=False)
+    assert found.step.fits and found.replicated == [] and found.work.encode < made.work.encode
+    assert found.step.parts["optimizer"] < made.step.parts["optimizer"] / 2
+    assert found.step.estimate is not None and found.step.estimate.seconds["encode"] > 0
 
 
 def test_the_table_says_what_is_estimated(made: plan.Plan, capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,6 +302,9 @@ def test_least_work_by_hand() -> None:
     assert work.read == 2 * (2 * weights * read + head) + 3 * attention(read) + adapters
     full = cfg.model_copy(update={"generator": cfg.generator.model_copy(update={"lora": None})})
     assert step_work(full).read == 3 * (2 * weights * read + head + attention(read))
+    adapted = cfg.retriever.model_copy(update={"lora": EncoderLoraConfig(rank=8, targets=("q", "up"))})
+    tokens, saved = 6 * 64 + 32, 2 * (4 * 128 * 128 + 2 * 128 * 128) - 3 * 2 * 8 * 2 * (128 + 128)
+    assert work.encode - step_work(cfg.model_copy(update={"retriever": adapted})).encode == tokens * saved
     one = 1 * (2 * (4 * 128 * 128 + 2 * 128 * 128) * 64 + 4 * 128 * 64**2) + 2 * 128 * 128 * 64
     assert flops.encoder_forward(cfg.retriever.bert, 128, 64) == one
 

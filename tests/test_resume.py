@@ -72,6 +72,16 @@ def test_interrupted_in_the_loop(uninterrupted, tiny_data, tmp_path, monkeypatch
     assert_same_weights(weights, uninterrupted[1])
 
 
+def test_interrupted_with_adapters_on_the_retriever(tiny_data, tmp_path, monkeypatch):
+    one_device(monkeypatch)
+    adapters = {"lora": {"rank": 2}}
+    whole = finish(open_run(tiny_data, tmp_path / "whole", retriever=adapters))
+    interrupt(monkeypatch, open_run(tiny_data, tmp_path / "stopped", retriever=adapters), "_place", 9)
+    metrics, weights = finish(open_run(tiny_data, tmp_path / "stopped", retriever=adapters))
+    assert metrics == whole[0]
+    assert_same_weights(weights, whole[1])
+
+
 def test_interrupted_while_the_final_weights_are_written(uninterrupted, tiny_data, tmp_path, monkeypatch):
     one_device(monkeypatch)
     interrupt(monkeypatch, open_run(tiny_data, tmp_path), "save_weights", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from steps import LORA, M, adapters, batch, frozen, one, slow_loss, spec, weights
+from steps import ENCODER_LORA, LORA, RETRIEVER, M, adapters, batch, frozen, one, slow_loss, spec, weights
 
-from jmlr_jax import sharding
+from jmlr_jax import lora, sharding
 from jmlr_jax.config import MeshConfig
 from jmlr_jax.nn import functional as F
 from jmlr_jax.optim import make_optimizer, state_shardings
@@ -23,6 +24,7 @@ from jmlr_jax.step import (
     init_state,
     joint_loss,
     judge,
+    live_retriever,
     make_step,
     passages_to_read,
 )
@@ -175,6 +177,32 @@ def test_adapters_train_and_their_base_does_not() -> None:
             assert size(moved) > 1e-5, (name, side)
     close(still["base"], weights()["generator"], atol=0)
     assert set(metrics) >= {"grad_norm/generator", "grad_norm/retriever"}
+
+
+def test_the_retrievers_adapters_train_and_their_base_does_not() -> None:
+    """At first the step is that of the base; then each adapter moves, the projection too, and nothing else: the plain
+    weights that they make have the same loss."""
+    halves = weights()
+    made = replace(spec(), retriever=RETRIEVER.model_copy(update={"lora": ENCODER_LORA}))
+    params = halves | {"retriever": lora.init_lora(ENCODER_LORA, RETRIEVER, KEY)}
+    still = frozen() | {"retriever_base": halves["retriever"]}
+    (begun, _), _ = losses(made)(params, still, batch(), KEY)
+    assert float(begun) == pytest.approx(float(losses(spec())(halves, frozen(), batch(), KEY)[0][0]), rel=1e-6)
+    optimizer = optax.sgd(0.1)
+    step = jax.jit(make_step(made, optimizer), donate_argnums=0)
+    state = fresh(params, optimizer)
+    for _ in range(2):  # b is zero at first, and a has no gradient
+        state, metrics = step(state, still, without_noise(batch()))
+    moved = jax.tree.map(lambda new, old: new - old, state["params"]["retriever"], params["retriever"])
+    for path, change in jax.tree_util.tree_leaves_with_path(moved):
+        assert size(change) > 1e-5, jax.tree_util.keystr(path)
+    assert set(moved["layers"]) == {"q", "o", "down"} and set(moved["whole"]) - {"layers"} == {"projection"}
+    close(still["retriever_base"], weights()["retriever"], atol=0)
+    assert float(metrics["grad_norm/retriever"]) > 0
+    (trained, _), _ = losses(made)(state["params"], still, batch(), KEY)
+    plain = state["params"] | {"retriever": live_retriever(made.retriever, still | state["params"])}
+    (same, _), _ = losses(spec())(plain, frozen(), batch(), KEY)
+    assert float(trained) == pytest.approx(float(same), rel=1e-6) and abs(float(trained) - float(begun)) > 1e-3
 
 
 # ---------------------------------------------------------------- the compiled step

@@ -5,13 +5,19 @@ import json
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from rich.console import Console
-from runs import one_device, open_run
+from runs import assert_same_weights, one_device, open_run
 
 from jmlr_jax import train as module
 from jmlr_jax.arms import PHASES, chain
 from jmlr_jax.checkpoint import load_weights
+from jmlr_jax.hf.export import write_colbert
+from jmlr_jax.hf.load import load_retriever
+from jmlr_jax.nn.functional import encode_queries
+from jmlr_jax.pipeline import retriever_of
 from jmlr_jax.run import DataError
+from jmlr_jax.step import live_retriever
 from jmlr_jax.train import TrainingStopped, phase_weights, train_phase
 
 # No margin: to a reader that has learned nothing every difference is small.
@@ -48,6 +54,41 @@ def test_phases_train_what_they_say_and_start_where_they_say(run):
     before = (run.directory / "timing.json").read_text()
     train_phase(run, PHASES["warmup"], Console(quiet=True))
     assert (run.directory / "timing.json").read_text() == before  # finished phases are left alone
+
+
+def test_adapters_on_the_retriever(tiny_data, tmp_path, monkeypatch):
+    """What the phase ends with, exported too, encodes as the adapters on their base do, and the table of words is the
+    base's; the two-stage arm starts from it."""
+    one_device(monkeypatch)
+    run = open_run(
+        tiny_data, tmp_path, train=SHORT | {"steps": 2}, retriever={"lora": {"rank": 2, "targets": ["q", "up"]}}
+    )
+    live, finish = {}, module._finish
+
+    def finished(run, loop, *rest):
+        assert {"layers", "whole"} == set(loop.state["params"]["retriever"])
+        live.update(live_retriever(run.retriever, loop.frozen | loop.state["params"]))
+        finish(run, loop, *rest)
+
+    monkeypatch.setattr(module, "_finish", finished)
+    train_phase(run, PHASES["separate_retriever"], Console(quiet=True))
+    start, end = run.initial_weights()["retriever"], retriever_of(run, "separate_retriever")
+    assert_same_weights(end, phase_weights(run, PHASES["separate"])["retriever"])
+    write_colbert(_folder(tmp_path / "out"), run.retriever, end, run.prepared.tokenizer_dir("retriever"))
+    exported = load_retriever(str(tmp_path / "out"), run.cfg.retriever, jax.random.key(1))[1]
+    ids, length = run.prepared.query_tokens("train", np.arange(4))
+    vectors = [encode_queries(w, run.retriever, ids, length) for w in (live, end, exported, start)]
+    np.testing.assert_array_equal(vectors[0], vectors[1])
+    np.testing.assert_array_equal(vectors[0], vectors[2])
+    assert np.abs(vectors[0] - vectors[3]).max() > 1e-4
+    assert not changed(end["bert"]["word"], start["bert"]["word"])
+    assert not changed(end["bert"]["layers"]["v"], start["bert"]["layers"]["v"])
+    assert changed(end["bert"]["layers"]["q"], start["bert"]["layers"]["q"])
+
+
+def _folder(path):
+    path.mkdir()
+    return epath.Path(path)
 
 
 def test_a_phase_whose_start_is_missing_names_it(run):

@@ -225,7 +225,7 @@ def _inputs_fingerprint(cfg: Config) -> str:
         "layout": LAYOUT,
         "seed": cfg.seed if cfg.data.questions == "world" else None,
         "data": cfg.data.model_dump(),
-        "retriever": cfg.retriever.model_dump(exclude={"source", "bert", "dim", "attend_to_mask_tokens"}),
+        "retriever": cfg.retriever.model_dump(exclude={"source", "bert", "lora", "dim", "attend_to_mask_tokens"}),
         "generator": cfg.generator.model_dump(exclude={"source", "llama", "lora", "max_length"}),
         "vocab": [cfg.retriever.bert.vocab_size, cfg.generator.llama.vocab_size],
         "candidates": cfg.train.candidates,
