@@ -13,7 +13,7 @@ from jmlr_jax.retrieval.tokens import BATCHES, best_of
 
 GRID = 1.25  # ratio of neighbouring numbers of hits
 SPARES = (1, 2, 4, 8, 16)  # one hit in so many is scored in full
-FULL_COST = 12  # of scoring a hit in full, where scoring its centroids is 1; measured, docs/benchmarks.md
+FULL_COST = 12  # of scoring a hit in full, where scoring its centroids is 1: roughly, on a CPU
 LEAF_SHARES = (32, 16, 8, 4)  # a tree is tried with one in so many of its leaves
 
 
@@ -90,6 +90,7 @@ def tune(
         scored = index.tuned(most, None).kept(most, k)
         good = [point for point in points if (point.hits, point.scored) == (most, scored)]
         chosen = max(good, key=lambda point: (point.recall, -(point.leaves or 0)))
+        chosen = chosen.model_copy(update={"spare": index.spare})  # of several that score as many for this k
     else:
         good = [point for point in points if point.recall >= target]
         # Work, not the clock, decides: the same data give the same index.
