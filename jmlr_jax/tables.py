@@ -89,7 +89,10 @@ def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool
             mesh=own_mesh(run.mesh),
             progress=progress,
         )
-        rows = np.arange(min(cfg.index.oracle_queries, len(prepared.questions("train"))))
+        asked = len(prepared.questions("train"))
+        # Drawn: files are often sorted by source or kind, and an index tuned on one kind finds less for the others.
+        draw = np.random.default_rng(cfg.seed).choice(asked, min(cfg.index.oracle_queries, asked), replace=False)
+        rows = np.sort(draw)
         sample = np.concatenate(list(query_vectors(run, retriever, "train", rows)))
         return build_index(
             vectors,

@@ -15,6 +15,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_SHARED_DATA = "shared data not found at"
+# Files of minutes go first, so that no core waits for the last of them (with xdist's own order switched off).
+LONG = ("test_multiprocess", "test_resume", "test_mesh_shapes", "test_plan", "test_pipeline", "test_gold_unread")
 _unwanted: list[str] = []
 
 
@@ -58,6 +60,10 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "data"
     prepare(tiny_config(folder.parent), folder)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 def _note(report: pytest.TestReport | pytest.CollectReport) -> None:

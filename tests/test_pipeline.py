@@ -10,6 +10,8 @@ from jmlr_jax import pipeline, tables, train
 from jmlr_jax.config_io import ConfigError
 from jmlr_jax.run import Run
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ARMS = ["jmlr", "frozen", "separate", "bm25", "random", "closed_book"]
 SHORT = {
     "steps": 4,

@@ -20,6 +20,7 @@ from jmlr_jax.config_io import save_resolved
 from jmlr_jax.run import Run
 from jmlr_jax.train import train_phase
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -108,7 +109,7 @@ class Command:
     def start(self) -> subprocess.Popen[str]:
         flags = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
         flags |= {"JAX_COMPILATION_CACHE_DIR": str(self.run_dir.parent / "compiled")}
-        flags |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        flags |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         words = [sys.executable, "-m", "jmlr_jax", "train", "--run-dir", str(self.run_dir)]
         return subprocess.Popen(words, env=os.environ | flags, text=True, stderr=subprocess.PIPE)
 

@@ -20,6 +20,8 @@ from jmlr_jax.run import DataError
 from jmlr_jax.step import live_retriever
 from jmlr_jax.train import TrainingStopped, phase_weights, train_phase
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # No margin: to a reader that has learned nothing every difference is small.
 SHORT = {"steps": 4, "refresh_steps": 0, "checkpoint_steps": 2, "tie_margin": 0.0}
 

@@ -27,5 +27,5 @@ check ruff format --check .
 check mypy
 check shellcheck --external-sources tpu_scripts/*.sh .ci/run
 ((${#failed[@]} == 0)) || say "FAILED before the tests: ${failed[*]}"
-check python -m pytest --numprocesses auto --dist loadfile "$@"
+check python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"
 ((${#failed[@]} == 0))

@@ -13,7 +13,7 @@ from jmlr_jax.retrieval.tokens import BATCHES, best_of
 
 GRID = 1.25  # ratio of neighbouring numbers of hits
 SPARES = (1, 2, 4, 8, 16)  # one hit in so many is scored in full
-FULL_COST = 12  # of scoring a hit in full, where scoring its centroids is 1: roughly, on a CPU
+FULL_COST = 12  # of scoring a hit in full, where scoring its centroids is 1; on a CPU (docs/benchmarks.md)
 LEAF_SHARES = (32, 16, 8, 4)  # a tree is tried with one in so many of its leaves
 
 
