@@ -28,7 +28,7 @@ from jmlr_jax.placement import own_mesh
 from jmlr_jax.retrieval.build import build_index, changed_share, update_index
 from jmlr_jax.retrieval.candidates import build_table, merged_table, mixed_table, overlap, random_table, recall
 from jmlr_jax.retrieval.store import Index, IndexUnusable, open_index, params_fingerprint, passage_digests
-from jmlr_jax.retrieval.vectors import TokenVectors
+from jmlr_jax.retrieval.vectors import TokenVectors, drawn_rows
 from jmlr_jax.run import DataError, Run
 
 UPDATE_BELOW = 0.3  # an index is built anew where more of its entries would be new or dead, outside code and tuning
@@ -89,10 +89,8 @@ def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool
             mesh=own_mesh(run.mesh),
             progress=progress,
         )
-        asked = len(prepared.questions("train"))
         # Drawn: files are often sorted by source or kind, and an index tuned on one kind finds less for the others.
-        draw = np.random.default_rng(cfg.seed).choice(asked, min(cfg.index.oracle_queries, asked), replace=False)
-        rows = np.sort(draw)
+        rows = drawn_rows(len(prepared.questions("train")), cfg.index.oracle_queries, cfg.seed)
         sample = np.concatenate(list(query_vectors(run, retriever, "train", rows)))
         return build_index(
             vectors,

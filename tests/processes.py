@@ -14,6 +14,18 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 540  # until a job that hangs is ended; pytest's own limit comes after it
 
 
+def environment(cache: Path) -> dict[str, str]:
+    """Of a process with one CPU device that compiles quickly and keeps what it has compiled in ``cache``."""
+    return os.environ | {
+        "XLA_FLAGS": "",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
 class Job:
     """``python -m jmlr_jax WORDS --distributed ...`` in so many processes with one CPU device each; ends them on exit.
 
@@ -28,20 +40,13 @@ class Job:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             where = f"localhost:{free.getsockname()[1]}"
-        flags = {
-            "XLA_FLAGS": "",
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(ROOT),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        }
-        flags |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.outputs = [folder / f"process_{i}.txt" for i in range(count)]
         self.processes = []
         for i, output in enumerate(self.outputs):
             command = [sys.executable, "-m", "jmlr_jax", *words, "--distributed", f"{where},{i},{count}"]
             with output.open("w") as file:
                 self.processes.append(
-                    subprocess.Popen(command, env=os.environ | flags, stdout=file, stderr=subprocess.STDOUT)
+                    subprocess.Popen(command, env=environment(cache), stdout=file, stderr=subprocess.STDOUT)
                 )
 
     def __enter__(self) -> Job:

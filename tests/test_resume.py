@@ -1,6 +1,5 @@
 """A phase that was interrupted ends with the bytes of one that was not: metrics file and final weights."""
 
-import os
 import random
 import shutil
 import signal
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import environment
 from rich.console import Console
 from runs import assert_same_weights, one_device, open_run, tiny_config
 
@@ -21,7 +21,6 @@ from jmlr_jax.run import Run
 from jmlr_jax.train import train_phase
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class Killed(Exception):
@@ -107,11 +106,9 @@ class Command:
         save_resolved(tiny_config(run_dir, train=SLOWER), run_dir / "config.yaml")
 
     def start(self) -> subprocess.Popen[str]:
-        flags = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-        flags |= {"JAX_COMPILATION_CACHE_DIR": str(self.run_dir.parent / "compiled")}
-        flags |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         words = [sys.executable, "-m", "jmlr_jax", "train", "--run-dir", str(self.run_dir)]
-        return subprocess.Popen(words, env=os.environ | flags, text=True, stderr=subprocess.PIPE)
+        env = environment(self.run_dir.parent / "compiled")
+        return subprocess.Popen(words, env=env, text=True, stderr=subprocess.PIPE)
 
     def to_the_end(self) -> tuple[bytes, dict]:
         process = self.start()

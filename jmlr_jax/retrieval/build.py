@@ -14,7 +14,7 @@ from jmlr_jax.retrieval.exact import ExactIndex, ExactSearch
 from jmlr_jax.retrieval.scann import SAMPLE_PASSAGES, ScannIndex, build_part
 from jmlr_jax.retrieval.store import DIGEST_BYTES, Card, Index, IndexUnusable
 from jmlr_jax.retrieval.tune import Curve, share_found, tune
-from jmlr_jax.retrieval.vectors import TokenVectors
+from jmlr_jax.retrieval.vectors import TokenVectors, drawn_rows
 
 
 def build_index(
@@ -45,9 +45,7 @@ def build_index(
 
 def sample_rows(passages: int, seed: int) -> np.ndarray:
     """Rows of the passages from which the token code is learned, in order, int64."""
-    if passages <= SAMPLE_PASSAGES:
-        return np.arange(passages)
-    return np.sort(np.random.default_rng(seed).choice(passages, SAMPLE_PASSAGES, replace=False))
+    return drawn_rows(passages, SAMPLE_PASSAGES, seed)
 
 
 def build_index_of_pieces(

@@ -27,7 +27,7 @@ from jmlr_jax.retrieval.encoding import (
     reduced,
 )
 from jmlr_jax.retrieval.tokens import BATCHES, TokenStore, best_of, gather, padded, score_tokens, trimmed
-from jmlr_jax.retrieval.vectors import TokenVectors, check_allowed, check_queries
+from jmlr_jax.retrieval.vectors import TokenVectors, check_allowed, check_queries, drawn_rows
 
 SCORE_BATCH = BATCHES[1]
 SAMPLE_TOKENS = 1_000_000  # from which a token code is learned
@@ -277,9 +277,7 @@ def learn_code(tokens_TxC: np.ndarray, corpus_tokens: int, cfg: IndexConfig, see
 
 def encoding_sample(passages: int, seed: int) -> np.ndarray:
     """Which of the sampled passages give the directions, in order, int64."""
-    if passages <= SAMPLE:
-        return np.arange(passages)
-    return np.sort(np.random.default_rng(seed).choice(passages, SAMPLE, replace=False))
+    return drawn_rows(passages, SAMPLE, seed)
 
 
 def build_part(

@@ -67,3 +67,14 @@ def check_allowed(allowed_N: np.ndarray | None, rows: int) -> None:
     """Raises ValueError for a mask that is not bool [rows]."""
     if allowed_N is not None and (allowed_N.dtype != np.bool_ or allowed_N.shape != (rows,)):
         raise ValueError(f"the mask of allowed rows must be bool [{rows}]; got {allowed_N.dtype} {allowed_N.shape}")
+
+
+def drawn_rows(count: int, most: int, seed: int) -> np.ndarray:
+    """At most ``most`` of ``count`` rows, drawn without replacement, in order, int64.
+
+    >>> drawn_rows(3, 5, 0)
+    array([0, 1, 2])
+    """
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
