@@ -31,7 +31,7 @@ from jmlr_jax.retrieval.build import build_index_of_pieces, sample_rows
 from jmlr_jax.retrieval.exact import ExactIndex, ExactSearch
 from jmlr_jax.retrieval.fusion import reciprocal_rank
 from jmlr_jax.retrieval.store import open_index
-from jmlr_jax.retrieval.tune import Point, share_found
+from jmlr_jax.retrieval.tune import Point, cheapest, share_found
 from jmlr_jax.retrieval.vectors import TokenVectors
 
 TOP, PIECE, TUNING = 30, 1024, 200  # the first TUNING test questions tune our index and are not measured
@@ -158,8 +158,11 @@ class Peers:
         return timed
 
 
-def ours(world: World, cfg: IndexConfig, folder: Path) -> tuple[Any, float, int]:
-    """Our index, built, tuned on questions that are not measured, saved and opened; with build seconds and bytes."""
+def ours(world: World, cfg: IndexConfig, recalls: list[float], folder: Path) -> tuple[list[Any], float, int]:
+    """Our index, built and saved, then opened and tuned to each recall; with build seconds and bytes.
+
+    It is tuned on questions that are not measured.
+    """
     start = time.perf_counter()
     index = build_index_of_pieces(
         world.pieces(),
@@ -172,14 +175,17 @@ def ours(world: World, cfg: IndexConfig, folder: Path) -> tuple[Any, float, int]
         recall_at=(TOP,),
     )
     assert index.curve is not None
-    print(f"built, tuned and measured in {time.perf_counter() - start:.0f} s: {index.curve.chosen}")
+    print(f"built, tuned and measured in {time.perf_counter() - start:.0f} s")
     for full in (False, True):
         best = max((p for p in index.curve.points if full == (p.scored == p.hits)), key=lambda p: (p.recall, -p.hits))
         print(f"at most, {'all' if full else 'some'} in full: {best}")
     print(f"a hit scored in full costs {full_cost(index.curve.points):.1f} times one scored by centroids", flush=True)
     index.save(folder)
     opened = open_index(folder, "minilm", "medquad")
-    return opened, opened.card.build_seconds, opened.card.total_bytes
+    chosen = [cheapest(index.curve.points, recall) for recall in recalls]
+    tuned = [opened.searcher.tuned(point.hits, point.leaves, point.spare) for point in chosen]
+    print("\n".join(f"tuned to {recall:g}: {point}" for recall, point in zip(recalls, chosen, strict=True)), flush=True)
+    return tuned, opened.card.build_seconds, opened.card.total_bytes
 
 
 def full_cost(points: list[Point]) -> float:
@@ -295,7 +301,7 @@ def main() -> None:
     parser.add_argument("--peers", help="python of the environment of retrieval_peers.py; without it ours alone")
     parser.add_argument("--parts", type=int, help="parts of 1,024 passages; default: all")
     ours_default = [f"{IndexConfig().bits}:0.96"]  # a little above the goal: other questions find a little less
-    parser.add_argument("--ours", nargs="+", default=ours_default, metavar="BITS:RECALL", help="settings of ours")
+    parser.add_argument("--ours", nargs="+", default=ours_default, metavar="BITS:RECALL,...", help="settings of ours")
     parser.add_argument("--plaid-bits", type=int, nargs="+", default=[2], help="codes of fast-plaid to compare")
     parser.add_argument("--batch", type=int, default=128, help="questions in a batch")
     parser.add_argument("--single", type=int, default=25, help="questions asked one at a time")
@@ -311,15 +317,18 @@ def main() -> None:
     systems: dict[str, Search] = {}
     costs: dict[str, tuple[float, int]] = {}
     overrides = dict(pair.split("=", 1) for pair in args.index)
+    if {"bits", "recall"} & overrides.keys():
+        parser.error("bits and recall of ours are given by --ours BITS:RECALL")
     index: Any = None
     with tempfile.TemporaryDirectory() as scratch:
         for setting in args.ours:
-            bits, recall = map(float, setting.split(":"))
-            name = f"ours, {bits:g} bits, tuned to {recall:g}"
-            cfg = IndexConfig.model_validate({"kind": "scann", "bits": bits, "recall": recall, **overrides})
-            index, *cost = ours(world, cfg, Path(scratch) / setting)
-            systems[name] = local(lambda a, b, index=index: index.search(questions[a:b], TOP)[0])
-            costs[name] = (cost[0], cost[1])
+            bits, recalls = float(setting.split(":")[0]), [float(r) for r in setting.split(":")[1].split(",")]
+            cfg = IndexConfig.model_validate({"kind": "scann", **overrides, "bits": bits, "recall": recalls[0]})
+            tuned, seconds, size = ours(world, cfg, recalls, Path(scratch) / setting)
+            for recall, index in zip(recalls, tuned, strict=True):
+                name = f"ours, {bits:g} bits, tuned to {recall:g}"
+                systems[name] = local(lambda a, b, index=index: index.search(questions[a:b], TOP)[0])
+                costs[name] = seconds, size
         start = time.perf_counter()
         bm25 = BM25([source.text_of(passage) for passage in world.passages])
         built = time.perf_counter() - start

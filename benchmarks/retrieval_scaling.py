@@ -171,7 +171,7 @@ def sizing(points: list[dict[str, Any]], hosts: tuple[int, ...] = (1, 8, 32)) ->
         return float(fitted @ [passages / 1e6, assigning(passages, passages * per_passage)]) / processes
 
     lines = [
-        f"model: {per_passage:.0f} tokens a passage at {code:.0f} bytes; ScaNN {cfg.directions // 4} bytes a passage,",
+        f"model: {per_passage:.0f} tokens a passage at {code:.0f} bytes; ScaNN {cfg.directions // 2} bytes a passage,",
         f"twice with a tree; {4 * cfg.directions} bytes a passage of encodings while building; {fitted[0]:.0f} seconds",
         f"a million passages and {fitted[1]:.1f} a trillion multiplications of tokens and centroids, whose number",
         "grows with the square root of the tokens up to 16,384; the retriever's own encoding is not in it",
@@ -183,7 +183,7 @@ def sizing(points: list[dict[str, Any]], hosts: tuple[int, ...] = (1, 8, 32)) ->
     ]
     for passages in (100_000, 1_000_000, 24_000_000):
         tokens = passages * per_passage * code + 8 * passages
-        scann = passages * cfg.directions / 4 * (2 if settings(passages).leaves else 1)
+        scann = passages * cfg.directions / 2 * (2 if settings(passages).leaves else 1)
         disk = tokens + scann + 24 * passages
         building = disk + 4 * cfg.directions * passages
         share = [f"{disk / h / GIB:.1f} GiB, {seconds(passages, h) / 3600:.1f} h" for h in hosts[1:]]

@@ -9,7 +9,7 @@ import pytest
 
 from jmlr_jax.retrieval import code as module
 from jmlr_jax.retrieval import tokens as tokens_module
-from jmlr_jax.retrieval.code import TokenCode, bit_widths, encode_tokens, fit_code, similarity
+from jmlr_jax.retrieval.code import TokenCode, asked, bit_widths, encode_tokens, fit_code, similarity
 from jmlr_jax.retrieval.tokens import TILE, TokenStore, best_of, gather, padded, score_tokens, trimmed
 from jmlr_jax.retrieval.vectors import TokenVectors
 
@@ -76,7 +76,7 @@ def test_scores_of_coded_tokens_are_those_of_the_decoded(tokens, widths, monkeyp
     code = fit_code(tokens, 2, len(tokens), seed=0)
     cell, packed, gain = coded(code, tokens[:50])
     q = unit_tokens(5, seed=7)
-    found = similarity(code, q, cell, packed, gain)
+    found = similarity(code, asked(code, q), {"cell": cell, "packed": packed, "gain": gain})
     np.testing.assert_allclose(found, decoded(code, cell, packed, gain) @ q.T, atol=1e-5)
 
 

@@ -10,8 +10,10 @@ spent (reverse water-filling). Scoring rotates the question once and never build
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -161,29 +163,48 @@ def encode_tokens(code: TokenCode, x_TxC: Array) -> tuple[Array, Array, Array]:
     return cell_T.astype(jnp.uint16), bytes_TxE, gain_T
 
 
-def similarity(code: TokenCode, q_QxC: Array, cell: Array, packed: Array, gain: Array) -> Array:
-    """Products of question tokens with coded tokens: float32 [..., Q] for cell [...], packed [..., E], gain [...]."""
-    q_QxC = q_QxC.astype(jnp.float32)
-    turned_QxC = jnp.matmul(q_QxC, code.rotate_CxC, precision=jax.lax.Precision.HIGHEST) * code.step_C
+class Asked(NamedTuple):
+    """What of a question meets coded tokens; made once, whatever it is compared with.
+
+    Attributes:
+      centroid_GxQ: float32, products with all centroids.
+      turned_QxC: float32, along the directions of residuals, in steps of their levels.
+    """
+
+    centroid_GxQ: Array
+    turned_QxC: Array
+
+
+def asked(code: TokenCode, q_QxC: Array) -> Asked:
+    """A question's tokens, made ready for :func:`similarity`."""
+    q_QxC, product = q_QxC.astype(jnp.float32), partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    return Asked(product(code.centroids_GxC, q_QxC.T), product(q_QxC, code.rotate_CxC) * code.step_C)
+
+
+def similarity(code: TokenCode, question: Asked, tokens: Mapping[str, Array]) -> Array:
+    """Products of question tokens with coded tokens, float32 [..., Q].
+
+    Args:
+      code: of the tokens.
+      question: from :func:`asked`.
+      tokens: ``cell`` [...], ``packed`` [..., E] and ``gain`` [...]; of ``cell`` alone, products with centroids.
+    """
+    found = question.centroid_GxQ[tokens["cell"]]
+    if "packed" not in tokens:
+        return found
     residual: Array | float = 0.0
     at = kept = 0
     # A product for each width, of levels as they are packed: joining or centring them first takes five times as long.
     for bits, count in code.widths:
         if bits:
             size = bits * count // 8
-            level = _unpack(packed[..., at : at + size], bits).astype(jnp.float32)
-            part_QxC = turned_QxC[:, kept : kept + count]
+            level = _unpack(tokens["packed"][..., at : at + size], bits).astype(jnp.float32)
+            part_QxC = question.turned_QxC[:, kept : kept + count]
             residual += jnp.einsum("...c,qc->...q", level, part_QxC, precision=jax.lax.Precision.HIGHEST)
             residual -= (2**bits - 1) / 2 * jnp.sum(part_QxC, 1)
             at, kept = at + size, kept + count
-    found = centroid_similarity(code, q_QxC, cell)
-    found += jnp.asarray(code.scale_G)[cell][..., None] * residual
-    return found * gain_of(gain)[..., None]
-
-
-def centroid_similarity(code: TokenCode, q_QxC: Array, cell: Array) -> Array:
-    """Products of question tokens with the centroids of coded tokens: float32 [..., Q] for cell [...]."""
-    return jnp.matmul(code.centroids_GxC, q_QxC.T, precision=jax.lax.Precision.HIGHEST)[cell]
+    found += jnp.asarray(code.scale_G)[tokens["cell"]][..., None] * residual
+    return found * gain_of(tokens["gain"])[..., None]
 
 
 def gain_of(gain: Array) -> Array:
@@ -216,8 +237,12 @@ def _unpack(packed: Array, bits: int) -> Array:
     if bits == 3:
         lower = packed.shape[-1] * 2 // 3
         return _unpack(packed[..., :lower], 2) | (_unpack(packed[..., lower:], 1) << 2)
-    mask = 2**bits - 1
-    return jnp.concatenate([(packed >> (bits * place)) & mask for place in range(8 // bits)], -1)
+    shifts, mask = [bits * place for place in range(8 // bits)], 2**bits - 1
+    if len(shifts) <= 2:
+        return jnp.concatenate([(packed >> shift) & mask for shift in shifts], -1)
+    # On a CPU, joining four or eight blocks takes a third longer than this, joining two less (docs/benchmarks.md).
+    blocks = (packed[..., None, :] >> jnp.array(shifts, jnp.uint8)[:, None]) & mask
+    return blocks.reshape(*packed.shape[:-1], -1)
 
 
 @jax.jit

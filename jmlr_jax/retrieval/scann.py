@@ -26,7 +26,7 @@ from jmlr_jax.retrieval.encoding import (
     query_vectors,
     reduced,
 )
-from jmlr_jax.retrieval.tokens import BATCHES, TokenStore, best_of, gather, padded, score_tokens, trimmed
+from jmlr_jax.retrieval.tokens import BATCHES, TokenStore, best_of, gather, lengths, padded, score_tokens, trimmed
 from jmlr_jax.retrieval.vectors import TokenVectors, check_allowed, check_queries, drawn_rows
 
 SCORE_BATCH = BATCHES[1]
@@ -75,7 +75,7 @@ def build_searcher(fde_NxF: np.ndarray, how: ScannSettings) -> Any:
         sample = min(len(fde_NxF), 100 * how.leaves)
         builder = builder.tree(how.leaves, how.leaves_searched, training_sample_size=sample, soar_lambda=SOAR_LAMBDA)
     if how.quantised:
-        return builder.score_ah(2, anisotropic_quantization_threshold=0.2).build()
+        return builder.score_ah(1, anisotropic_quantization_threshold=0.2).build()
     return builder.score_brute_force(ReorderType.BFLOAT16).build()
 
 
@@ -246,22 +246,26 @@ class ScannIndex:
         return self._scored(q_NxQxC, row_NxH, ("cell",))
 
     def _scored(self, q_NxQxC: np.ndarray, row_NxH: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
-        """The host gathers the tokens of the next questions while the device scores those of the last."""
-        q_NxQxC, stores = trimmed(q_NxQxC), [part.tokens for part in self.parts]
+        """The host gathers the tokens of the next questions while the device scores those of the last.
+
+        Questions of like lengths go together: what they are padded to costs as much as what they hold.
+        """
+        order_N, stores = np.argsort(lengths(q_NxQxC), kind="stable"), [part.tokens for part in self.parts]
         score_NxH = np.empty(row_NxH.shape, np.float32)
-        waiting: tuple[int, Any] | None = None
-        for first in [*range(0, len(q_NxQxC), SCORE_BATCH), None]:
+        waiting: tuple[np.ndarray, Any] | None = None
+        for first in [*range(0, len(order_N), SCORE_BATCH), None]:
             made = None
             if first is not None:
-                q_BxQxC = padded(q_NxQxC[first : first + SCORE_BATCH])
+                some = order_N[first : first + SCORE_BATCH]
+                q_BxQxC = padded(trimmed(q_NxQxC[some]))
                 row_BxH = np.full((len(q_BxQxC), row_NxH.shape[1]), -1, row_NxH.dtype)
-                row_BxH[: len(q_NxQxC) - first] = row_NxH[first : first + SCORE_BATCH]
+                row_BxH[: len(some)] = row_NxH[some]
                 entry_BxH = np.where(row_BxH >= 0, self.entry_N[np.maximum(row_BxH, 0)], -1)
                 tiles = gather(stores, names, entry_BxH)
-                made = first, score_tokens(self._code, q_BxQxC, tiles, hits=row_NxH.shape[1])
+                made = some, score_tokens(self._code, q_BxQxC, tiles, hits=row_NxH.shape[1])
             if waiting is not None:
-                at, found = waiting
-                score_NxH[at : at + SCORE_BATCH] = np.asarray(found)[: len(q_NxQxC) - at]
+                some, found = waiting
+                score_NxH[some] = np.asarray(found)[: len(some)]
             waiting = made
         return np.where(row_NxH >= 0, score_NxH, -np.inf)
 

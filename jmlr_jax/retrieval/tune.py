@@ -92,11 +92,18 @@ def tune(
         chosen = max(good, key=lambda point: (point.recall, -(point.leaves or 0)))
         chosen = chosen.model_copy(update={"spare": index.spare})  # of several that score as many for this k
     else:
-        good = [point for point in points if point.recall >= target]
-        # Work, not the clock, decides: the same data give the same index.
-        chosen = min(good, key=_work) if good else max(points, key=lambda point: (point.recall, -point.hits))
+        chosen = cheapest(points, target)
     curve = Curve(k=k, target=target, questions=len(q_NxQxC), chosen=chosen, points=points)
     return index.tuned(chosen.hits, chosen.leaves, chosen.spare), curve
+
+
+def cheapest(points: list[Point], target: float) -> Point:
+    """The point of least work that reaches the target, else the one of highest recall.
+
+    Work, not the clock, decides: the same data give the same index.
+    """
+    good = [point for point in points if point.recall >= target]
+    return min(good, key=_work) if good else max(points, key=lambda point: (point.recall, -point.hits))
 
 
 def _work(point: Point) -> tuple[int, int]:
