@@ -20,17 +20,17 @@ from jmlr_jax.config_io import save_resolved
 from jmlr_jax.data.batches import Prepared
 from jmlr_jax.sharding import make_mesh
 
-STEPS = 40
-TRAIN = {"steps": STEPS, "refresh_steps": 10, "refresh_delay": 4, "checkpoint_steps": 5, "warmup": {"steps": 3}}
+STEPS = 20
+TRAIN = {"steps": STEPS, "refresh_steps": 5, "refresh_delay": 2, "checkpoint_steps": 4, "warmup": {"steps": 3}}
 TRAIN |= {"tie_margin": 0.0}  # to a reader that has learned nothing every difference is small
 # Losses of the same program over the same devices, whoever owns them; over one device or four, sums take other orders.
 SAME_DEVICES, OTHER_DEVICES = 1e-5, 2e-3
 
 
-def configured(root):
-    """The configuration of every run here, as a file."""
+def configured(root, arms=("jmlr",)):
+    """The configuration of a run here, as a file."""
     llama = {"num_heads": 2, "num_kv_heads": 2, "vocab_size": 512}  # what a tensor axis of 2 divides
-    config = tiny_config(root, train=TRAIN, eval={"arms": ["jmlr", "frozen"]}, generator={"llama": llama})
+    config = tiny_config(root, train=TRAIN, eval={"arms": list(arms)}, generator={"llama": llama})
     save_resolved(config, root / "asked.yaml")
     return config, ("--config", str(root / "asked.yaml"))
 
@@ -60,7 +60,7 @@ def cache(tmp_path_factory):
 def two(tmp_path_factory, cache):
     """`jmlr run` by two processes, from preparation to report."""
     root = tmp_path_factory.mktemp("two")
-    _, words = configured(root)
+    _, words = configured(root, ("jmlr", "frozen"))
     with Job(root, cache, 2, "run", *words) as job:
         job.succeeds()
     return root
@@ -73,7 +73,7 @@ def one(two, tmp_path_factory, quick_compile):
     shutil.copytree(two / "seed_0" / "data", root / "seed_0" / "data")
     with pytest.MonkeyPatch.context() as monkeypatch:
         over(monkeypatch, 2)
-        pipeline.run_all(configured(root)[0], seeds=1)
+        pipeline.run_all(configured(root, ("jmlr", "frozen"))[0], seeds=1)
     return root
 
 
@@ -87,7 +87,7 @@ def test_two_processes_train_as_one_does(one, two):
 
 def test_their_candidate_tables_are_those_of_one_process(one, two):
     files = sorted((two / "seed_0/arms/jmlr/tables").glob("step_*.npz"))
-    assert [file.name for file in files] == [f"step_{step:07d}.npz" for step in range(0, STEPS, 10)]
+    assert [file.name for file in files] == [f"step_{step:07d}.npz" for step in range(0, STEPS, 5)]
     for file in files:
         ours, theirs = np.load(file), np.load(one / "seed_0/arms/jmlr/tables" / file.name)
         for name in ("rows", "train", "dev", "top"):
