@@ -308,7 +308,7 @@ def main() -> None:
     parser.add_argument("--exact", type=int, default=16, help="questions of the exact search, in its one batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("index", nargs="*", help="overrides of the index: rerank=4000")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     world = World(args.cache, args.parts)
     questions = world.q("medquad")[TUNING : TUNING + args.batch]
     texts = [source.query_text(q) for q in world.questions["medquad"][TUNING : TUNING + args.batch]]

@@ -226,7 +226,7 @@ class IndexConfig(Strict):
         description="share of the exact best that must be found: the fewest hits that do are scored; null: `rerank`",
     )
     bits: float = Field(
-        3.0, gt=0, le=16, description="of stored token vectors, per dimension; 16: float16, no code; else at most 8"
+        4.0, gt=0, le=16, description="of stored token vectors, per dimension; 16: float16, no code; else at most 8"
     )
     fde_repetitions: PositiveInt = 20
     fde_simhash_bits: PositiveInt = 6
