@@ -63,14 +63,19 @@ class TokenStore:
         ``device_code`` is the code on the device, if the caller has put it there.
         """
         lengths: list[np.ndarray] = []
-        parts: list[dict[str, np.ndarray]] = []
+        arrays: dict[str, np.ndarray] = {}
         for piece in pieces:
             lengths.append(piece.keep_NxP.sum(1))
             tokens_TxC = piece.vectors_NxPxC[piece.keep_NxP]
-            parts.append({"vectors": tokens_TxC} if code is None else _coded(device_code or code, tokens_TxC))
+            found = {"vectors": tokens_TxC} if code is None else _coded(device_code or code, tokens_TxC)
+            for name, array in found.items():
+                # Grown in place: to join pieces at the end would hold all tokens twice.
+                whole = arrays.setdefault(name, np.empty((0, *array.shape[1:]), array.dtype))
+                whole.resize((len(whole) + len(array), *array.shape[1:]), refcheck=False)
+                whole[len(whole) - len(array) :] = array
         offsets = np.zeros(1 + sum(map(len, lengths)), np.int64)
         np.cumsum(np.concatenate(lengths), out=offsets[1:])
-        return cls(code, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, offsets)
+        return cls(code, arrays, offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

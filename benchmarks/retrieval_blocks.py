@@ -1,0 +1,81 @@
+"""What comparing a few tokens at a time is worth: scoring hits and assigning tokens, by the size of a block.
+
+    PYTHONPATH=. python benchmarks/retrieval_blocks.py CACHE
+
+MiniLM's token vectors of ``retrieval_vectors.py``, its first 6,144 passages, random hits. Medians are printed, in
+milliseconds a question, or for 8,192 tokens. The last size is everything at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from retrieval import TUNING, World
+
+from jmlr_jax.config import IndexConfig
+from jmlr_jax.retrieval import code as code_module
+from jmlr_jax.retrieval import tokens as tokens_module
+from jmlr_jax.retrieval.scann import learn_code
+from jmlr_jax.retrieval.tokens import TokenStore, gather, padded, score_tokens, trimmed
+
+SIZES = (32, 64, 128, 256, 512, 1024, 1 << 20)
+CODED = ("cell", "packed", "gain")
+CORPUS_TOKENS = 3_560_000  # of the whole corpus: its number of centroids
+
+
+def by_size(work: Callable[[], object], module: object, name: str, rounds: int) -> list[float]:
+    """Median seconds of the work with each size of block."""
+    taken: list[list[float]] = [[] for _ in SIZES]
+    for number, size in enumerate(SIZES):
+        setattr(module, name, size)
+        jax.clear_caches()
+        jax.block_until_ready(work())  # compilation
+        for _ in range(rounds):
+            start = time.perf_counter()
+            jax.block_until_ready(work())
+            taken[number].append(time.perf_counter() - start)
+    setattr(module, name, 256)
+    return [float(np.median(one)) for one in taken]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("--bits", type=float, nargs="+", default=[4.0, 2.25])
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    world, rng = World(args.cache, 6), np.random.default_rng(0)
+    questions = world.q("medquad")[TUNING:]
+    print("| ms | " + " | ".join("all" if size == SIZES[-1] else str(size) for size in SIZES) + " |")
+    print("|---|" + "---|" * len(SIZES))
+    for bits in args.bits:
+        code = learn_code(world.tokens_TxC, CORPUS_TOKENS, IndexConfig(bits=bits), seed=0)
+        assert code is not None
+        on_device = jax.device_put(code)
+        store = TokenStore.of(world.pieces(), code, on_device)
+        for count in (1, 8):
+            q = padded(trimmed(questions[:count]))
+            for hits, names in ((6000, CODED[:1]), (1500, CODED)):
+                rows = np.stack([rng.choice(len(store), hits, replace=False) for _ in range(count)])
+                tiles = gather([store], names, rows)
+                work = partial(score_tokens, on_device, q, tiles, hits=hits)
+                found = by_size(work, tokens_module, "AT_ONCE", args.rounds)
+                how = "in full" if names == CODED else "by centroids"
+                of = f"{bits:g} bits, {hits:,} hits {how}, {count} x {q.shape[1]} question tokens"
+                print(f"| {of} | " + " | ".join(f"{1000 * s / count:.1f}" for s in found) + " |", flush=True)
+    tokens = world.tokens_TxC[: code_module.ASSIGN_BATCH].astype(np.float32)
+    work = partial(code_module._nearest_block, tokens, on_device.centroids_GxC)
+    found = by_size(work, code_module, "COMPARED", args.rounds)
+    of = f"8,192 tokens to {len(code.centroids_GxC):,} centroids"
+    print(f"| {of} | " + " | ".join(f"{1000 * s:.1f}" for s in found) + " |")
+
+
+if __name__ == "__main__":
+    main()
