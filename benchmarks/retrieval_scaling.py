@@ -196,8 +196,8 @@ def sizing(points: list[dict[str, Any]], hosts: tuple[int, ...] = (1, 8, 32)) ->
     other = max(0, last["peak_bytes"] - last["bytes"] - 4 * cfg.directions * last["passages"])
     lines = [
         f"model: {per_passage:.0f} tokens a passage at {code:.0f} bytes; ScaNN {cfg.directions // 2} bytes a passage,",
-        f"twice with a tree; while building {4 * cfg.directions} bytes a passage of encodings and {other / GIB:.1f} GiB",
-        f"for the sample, learning and tuning; {fitted[0]:.0f} seconds a million passages and {fitted[1]:.1f} a trillion",
+        f"twice with a tree; while building {4 * cfg.directions} bytes a passage of encodings, {other / GIB:.1f} GiB",
+        f"for the sample, learning, tuning; {fitted[0]:.0f} seconds a million passages, {fitted[1]:.1f} a trillion",
         "multiplications of tokens and centroids, whose number grows with the square root of the tokens up to 16,384;",
         "the retriever's own encoding is not in it",
         "",
