@@ -218,7 +218,7 @@ class IndexConfig(Strict):
     kind: Literal["auto", "exact", "scann"] = Field("auto", description="auto: exact below `exact_below` passages")
     exact_below: int = Field(20_000, ge=0)
     encode_batch: PositiveInt = 128
-    rerank: PositiveInt = Field(1000, description="ScaNN hits that MaxSim scores, at most; see `recall`")
+    rerank: PositiveInt = Field(6000, description="ScaNN hits that MaxSim scores, at most; see `recall`")
     recall: float | None = Field(
         0.95,
         gt=0,

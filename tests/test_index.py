@@ -206,10 +206,17 @@ def test_a_tree_is_tuned_in_both_directions(monkeypatch):
     monkeypatch.setattr(scann, "settings", lambda passages: ScannSettings(32, 4, True))
     vectors, q = clustered(1500, 30)
     index = build(vectors, q, rerank=100, recall=0.7)
-    assert {p.leaves for p in index.curve.points} == {1, 2, 4, 8}
+    assert {p.leaves for p in index.curve.points} == {2, 4, 8, 16, 32}
     assert index.card.leaves == index.curve.chosen.leaves == index.searcher.leaves
-    work = [p.hits * p.leaves for p in index.curve.points if p.recall >= 0.7]
-    assert index.curve.chosen.hits * index.curve.chosen.leaves == min(work)
+    assert all(p.scanned == round(1500 * p.leaves / 32) for p in index.curve.points)
+    chosen = index.curve.chosen
+    assert chosen.recall >= 0.7
+    for p in index.curve.points:  # none that is good enough has less of everything
+        less = p.scored < chosen.scored and p.hits < chosen.hits and p.scanned < chosen.scanned
+        assert not (p.recall >= 0.7 and less)
+    # Leaves are cheap beside hits: where a tenth of the leaves would need more hits, more leaves are searched.
+    few = [p.scored for p in index.curve.points if p.recall >= 0.7 and p.leaves == 2]
+    assert chosen.leaves > 2 and chosen.scored <= min(few, default=chosen.scored)
 
 
 def test_pieces_make_the_same_index_as_the_whole(monkeypatch):

@@ -26,10 +26,9 @@ from jmlr_jax.retrieval.encoding import (
     query_vectors,
     reduced,
 )
-from jmlr_jax.retrieval.tokens import BATCHES, TokenStore, best_of, gather, lengths, padded, score_tokens, trimmed
+from jmlr_jax.retrieval.tokens import BATCHES, TokenStore, best_of, gather, padded, score_tokens, trimmed
 from jmlr_jax.retrieval.vectors import TokenVectors, check_allowed, check_queries, drawn_rows
 
-SCORE_BATCH = BATCHES[1]
 SAMPLE_TOKENS = 1_000_000  # from which a token code is learned
 SAMPLE_PASSAGES = 20_000  # of which no more are taken
 SPARE = 4  # where nothing is tuned, centroids choose one hit in so many to score in full
@@ -57,14 +56,14 @@ def settings(passages: int) -> ScannSettings:
     >>> settings(50_000)
     ScannSettings(leaves=None, leaves_searched=None, quantised=True)
     >>> settings(1_000_000)
-    ScannSettings(leaves=1000, leaves_searched=125, quantised=True)
+    ScannSettings(leaves=1000, leaves_searched=250, quantised=True)
     """
     if passages < 20_000:
         return ScannSettings(None, None, False)
     if passages < 100_000:
         return ScannSettings(None, None, True)
     leaves = round(math.sqrt(passages))
-    return ScannSettings(leaves, -(-leaves // 8), True)
+    return ScannSettings(leaves, -(-leaves // 4), True)  # where nothing is tuned; scanning costs little
 
 
 def build_searcher(fde_NxF: np.ndarray, how: ScannSettings) -> Any:
@@ -246,27 +245,18 @@ class ScannIndex:
         return self._scored(q_NxQxC, row_NxH, ("cell",))
 
     def _scored(self, q_NxQxC: np.ndarray, row_NxH: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
-        """The host gathers the tokens of the next questions while the device scores those of the last.
-
-        Questions of like lengths go together: what they are padded to costs as much as what they hold.
-        """
-        order_N, stores = np.argsort(lengths(q_NxQxC), kind="stable"), [part.tokens for part in self.parts]
+        """The host gathers the tokens for the next question while the device scores those of the last."""
+        stores = [part.tokens for part in self.parts]
         score_NxH = np.empty(row_NxH.shape, np.float32)
-        waiting: tuple[np.ndarray, Any] | None = None
-        for first in [*range(0, len(order_N), SCORE_BATCH), None]:
-            made = None
-            if first is not None:
-                some = order_N[first : first + SCORE_BATCH]
-                q_BxQxC = padded(trimmed(q_NxQxC[some]))
-                row_BxH = np.full((len(q_BxQxC), row_NxH.shape[1]), -1, row_NxH.dtype)
-                row_BxH[: len(some)] = row_NxH[some]
-                entry_BxH = np.where(row_BxH >= 0, self.entry_N[np.maximum(row_BxH, 0)], -1)
-                tiles = gather(stores, names, entry_BxH)
-                made = some, score_tokens(self._code, q_BxQxC, tiles, hits=row_NxH.shape[1])
+        waiting: Any = None
+        for number, row_H in enumerate(row_NxH):
+            tiles = gather(stores, names, np.where(row_H >= 0, self.entry_N[np.maximum(row_H, 0)], -1))
+            started = score_tokens(self._code, trimmed(q_NxQxC[number][None])[0], tiles, hits=len(row_H))
             if waiting is not None:
-                some, found = waiting
-                score_NxH[some] = np.asarray(found)[: len(some)]
-            waiting = made
+                score_NxH[number - 1] = waiting
+            waiting = started
+        if waiting is not None:
+            score_NxH[-1] = waiting
         return np.where(row_NxH >= 0, score_NxH, -np.inf)
 
 

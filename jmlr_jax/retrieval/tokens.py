@@ -1,7 +1,7 @@
 """Token vectors of a corpus as an index keeps them: flat, coded or float16, memory-mapped, scored where they lie.
 
-Letters: B questions, H hits of a question, R tiles of them. A tile is :data:`TILE` tokens of one passage in a row:
-passages differ much in length, and few tiles are partly empty, where most passages padded to the longest would be.
+Letters: H hits of a question, R tiles of them. A tile is :data:`TILE` tokens of one passage in a row: passages differ
+much in length, and few tiles are partly empty, where most passages padded to the longest would be.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ ENCODE_BATCH = 8192  # tokens coded at once
 TILE = 32  # tokens
 AT_ONCE = 256  # tiles of a question compared at once
 QUERY_STEP = 8  # the same for question tokens
-BATCHES = (1, 8, 64)  # questions scored at once are padded to one of these
+BATCHES = (1, 8, 64)  # questions encoded at once are padded to one of these
 
 
 class Tiles(NamedTuple):
-    """Tokens of the hits of some questions, gathered.
+    """Tokens of the hits of a question, gathered.
 
     Attributes:
-      arrays: of a :class:`TokenStore`, [B, R, TILE, ...]; beyond a tile's length stands something that means nothing.
-      length_BxR: int32, tokens of a tile; 0 for the filling behind a question's last.
-      owner_BxR: int32, number of the hit that a tile is of.
+      arrays: of a :class:`TokenStore`, [R, TILE, ...]; beyond a tile's length stands something that means nothing.
+      length_R: int32, tokens of a tile; 0 for the filling behind the last.
+      owner_R: int32, number of the hit that a tile is of.
     """
 
     arrays: dict[str, Any]
-    length_BxR: np.ndarray
-    owner_BxR: np.ndarray
+    length_R: np.ndarray
+    owner_R: np.ndarray
 
 
 class TokenStore:
@@ -101,17 +101,17 @@ class TokenStore:
         return cls(code, arrays, offsets)
 
 
-def gather(stores: Sequence[TokenStore], names: Iterable[str], entry_BxH: np.ndarray) -> Tiles:
+def gather(stores: Sequence[TokenStore], names: Iterable[str], entry_H: np.ndarray) -> Tiles:
     """Tokens of these entries (int; none where -1), numbered through the stores.
 
     Args:
       stores: of one code.
       names: of the arrays that are wanted.
-      entry_BxH: hits of each question.
+      entry_H: hits of a question.
     """
     first_S = np.cumsum([0, *map(len, stores)])
-    question_V, hit_V = np.nonzero(entry_BxH >= 0)
-    entry_V = entry_BxH[question_V, hit_V]
+    hit_V = np.flatnonzero(entry_H >= 0)
+    entry_V = entry_H[hit_V]
     store_V = np.searchsorted(first_S, entry_V, side="right") - 1
     start_V, tokens_V = np.zeros(len(entry_V), np.int64), np.zeros(len(entry_V), np.int64)
     for number, store in enumerate(stores):
@@ -119,35 +119,29 @@ def gather(stores: Sequence[TokenStore], names: Iterable[str], entry_BxH: np.nda
         at = entry_V[here] - first_S[number]
         start_V[here], tokens_V[here] = store.offsets[at], store.offsets[at + 1] - store.offsets[at]
     tiles_V = -(-tokens_V // TILE)
-    of_T = np.repeat(np.arange(len(entry_V)), tiles_V)  # T: all tiles, question by question
-    inside_T = (np.arange(len(of_T)) - np.repeat(np.cumsum(tiles_V) - tiles_V, tiles_V)) * TILE
-    question_T = question_V[of_T]
-    count_B = np.bincount(question_T, minlength=len(entry_BxH))
-    column_T = np.arange(len(of_T)) - np.repeat(np.cumsum(count_B) - count_B, count_B)
-    shape = len(entry_BxH), rounded(int(count_B.max(initial=1)))
-    length_BxR, owner_BxR = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    start_BxR, store_BxR = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    length_BxR[question_T, column_T] = np.minimum(TILE, tokens_V[of_T] - inside_T)
-    owner_BxR[question_T, column_T] = hit_V[of_T]
-    start_BxR[question_T, column_T] = start_V[of_T] + inside_T
-    store_BxR[question_T, column_T] = store_V[of_T]
+    of_R = np.repeat(np.arange(len(entry_V)), tiles_V)
+    inside_R = (np.arange(len(of_R)) - np.repeat(np.cumsum(tiles_V) - tiles_V, tiles_V)) * TILE
+    filling = 0, rounded(len(of_R)) - len(of_R)
+    length_R = np.pad(np.minimum(TILE, tokens_V[of_R] - inside_R), filling).astype(np.int32)
+    owner_R = np.pad(hit_V[of_R], filling).astype(np.int32)
+    start_R, store_R = np.pad(start_V[of_R] + inside_R, filling), np.pad(store_V[of_R], filling)
     arrays = {}
     for name in names:
         parts = [store.arrays[name] for store in stores]
         if len(parts) == 1:
-            arrays[name] = parts[0][_tokens_of(start_BxR, parts[0])]
+            arrays[name] = parts[0][_tokens_of(start_R, parts[0])]
             continue
-        arrays[name] = np.zeros((*shape, TILE, *parts[0].shape[1:]), parts[0].dtype)
+        arrays[name] = np.zeros((len(start_R), TILE, *parts[0].shape[1:]), parts[0].dtype)
         for number, part in enumerate(parts):
-            tiles = store_BxR == number
+            tiles = store_R == number
             if len(part):
-                arrays[name][tiles] = part[_tokens_of(start_BxR[tiles], part)]
-    return Tiles(arrays, length_BxR, owner_BxR)
+                arrays[name][tiles] = part[_tokens_of(start_R[tiles], part)]
+    return Tiles(arrays, length_R, owner_R)
 
 
 def _tokens_of(start: np.ndarray, part: np.ndarray) -> np.ndarray:
-    """Numbers of the tokens of tiles that begin at ``start``, [..., TILE], none beyond the end."""
-    return np.minimum(start[..., None] + np.arange(TILE), len(part) - 1)
+    """Numbers of the tokens of tiles that begin at ``start``, [R, TILE], none beyond the end."""
+    return np.minimum(start[:, None] + np.arange(TILE), len(part) - 1)
 
 
 def rounded(tiles: int) -> int:
@@ -160,15 +154,9 @@ def rounded(tiles: int) -> int:
     return max(8, -(-tiles // step) * step)
 
 
-def lengths(q_NxQxC: np.ndarray) -> np.ndarray:
-    """One beyond each question's last token, int64 [N]; absent tokens are zero vectors."""
-    there_NxQ = np.any(q_NxQxC != 0, axis=2)
-    return np.where(there_NxQ.any(1), there_NxQ.shape[1] - np.argmax(there_NxQ[:, ::-1], axis=1), 0)
-
-
 def trimmed(q_NxQxC: np.ndarray) -> np.ndarray:
     """Questions float32 without the columns in which none has a token, but for rounding up to :data:`QUERY_STEP`."""
-    tokens = int(lengths(q_NxQxC).max(initial=1))
+    tokens = int(np.flatnonzero(np.any(q_NxQxC != 0, axis=(0, 2))).max(initial=0)) + 1
     return np.asarray(q_NxQxC[:, : -(-tokens // QUERY_STEP) * QUERY_STEP], np.float32)
 
 
@@ -179,37 +167,33 @@ def padded(q_NxQxC: np.ndarray) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames="hits")
-def score_tokens(code: TokenCode | None, q_BxQxC: Array, tiles: Tiles, *, hits: int) -> Array:
-    """MaxSim of gathered hits, float32 [B, hits]; a passage without tokens scores far below all others.
+def score_tokens(code: TokenCode | None, q_QxC: Array, tiles: Tiles, *, hits: int) -> Array:
+    """MaxSim of gathered hits, float32 [hits]; a passage without tokens scores far below all others.
 
     With the array ``cell`` alone, tokens are taken to be their centroids: 2 bytes a token tell much of a score.
+    One question at a time: each has hits of its own, and a gather of eight took twice as long a question on a CPU.
 
     Args:
       code: of the stores.
-      q_BxQxC: questions; absent tokens are zero vectors.
+      q_QxC: a question; absent tokens are zero vectors.
       tiles: from :func:`gather`.
       hits: H.
     """
+    question = None if code is None else asked(code, q_QxC)
 
-    def one(args: tuple[Array, Tiles]) -> Array:
-        q_QxC, (arrays, length_R, owner_R) = args
-        question = None if code is None else asked(code, q_QxC)
+    def best(tile: tuple[dict[str, Array], Array]) -> Array:
+        of, length = tile
+        if code is None or question is None:
+            vectors_TxC = of["vectors"].astype(jnp.float32)
+            found_TxQ = jnp.matmul(vectors_TxC, q_QxC.T, precision=jax.lax.Precision.HIGHEST)
+        else:
+            found_TxQ = similarity(code, question, of)
+        return jnp.max(jnp.where((jnp.arange(TILE) < length)[:, None], found_TxQ, MASKED_SIMILARITY), axis=0)
 
-        def best(tile: tuple[dict[str, Array], Array]) -> Array:
-            of, length = tile
-            if code is None or question is None:
-                vectors_TxC = of["vectors"].astype(jnp.float32)
-                found_TxQ = jnp.matmul(vectors_TxC, q_QxC.T, precision=jax.lax.Precision.HIGHEST)
-            else:
-                found_TxQ = similarity(code, question, of)
-            return jnp.max(jnp.where((jnp.arange(TILE) < length)[:, None], found_TxQ, MASKED_SIMILARITY), axis=0)
-
-        # A few tiles at a time: what is unpacked of them stays in the cache, which makes scoring 2 to 5 times as fast.
-        best_RxQ = jax.lax.map(best, (arrays, length_R), batch_size=AT_ONCE)
-        best_HxQ = jnp.full((hits, q_QxC.shape[0]), MASKED_SIMILARITY).at[owner_R].max(best_RxQ)
-        return jnp.sum(best_HxQ, axis=-1)
-
-    return jax.lax.map(one, (q_BxQxC, tiles))  # one question at a time bounds memory
+    # A few tiles at a time: what is unpacked of them stays in the cache, which makes scoring 2 to 5 times as fast.
+    best_RxQ = jax.lax.map(best, (tiles.arrays, tiles.length_R), batch_size=AT_ONCE)
+    best_HxQ = jnp.full((hits, q_QxC.shape[0]), MASKED_SIMILARITY).at[tiles.owner_R].max(best_RxQ)
+    return jnp.sum(best_HxQ, axis=-1)
 
 
 def _coded(code: TokenCode, tokens_TxC: np.ndarray) -> dict[str, np.ndarray]:

@@ -14,20 +14,23 @@ from jmlr_jax.retrieval.tokens import BATCHES, best_of
 GRID = 1.25  # ratio of neighbouring numbers of hits
 SPARES = (1, 2, 4, 8, 16)  # one hit in so many is scored in full
 FULL_COST = 12  # of scoring a hit in full, where scoring its centroids is 1; on a CPU (docs/benchmarks.md)
-LEAF_SHARES = (32, 16, 8, 4)  # a tree is tried with one in so many of its leaves
+SCAN_COST = 0.01  # of comparing a passage's encoding, a tree's two copies together
+LEAF_SHARES = (16, 8, 4, 2, 1)  # a tree is tried with one in so many of its leaves
 
 
 class Point(BaseModel):
     """One setting of the search: ``recall`` of the exact best ``k``, and what a question costs.
 
-    ``scored`` of the hits, one in ``spare``, are scored in full, the others by their centroids alone. ``ms`` is
-    measured at the most hits, search and scoring apart, and goes linearly with the hits between.
+    ScaNN compares about ``scanned`` encodings. ``scored`` of the hits, one in ``spare``, are scored in full, the others
+    by their centroids alone. ``ms`` is measured at the most hits, search and scoring apart, and goes linearly with the
+    hits between.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     hits: int
     leaves: int | None
     spare: int
+    scanned: int
     scored: int
     recall: float
     ms: float
@@ -106,14 +109,15 @@ def cheapest(points: list[Point], target: float) -> Point:
     return min(good, key=_work) if good else max(points, key=lambda point: (point.recall, -point.hits))
 
 
-def _work(point: Point) -> tuple[int, int]:
+def _work(point: Point) -> tuple[float, int]:
     rough = point.hits if point.scored < point.hits else 0
-    return (rough + FULL_COST * point.scored) * (point.leaves or 1), point.hits
+    return rough + FULL_COST * point.scored + SCAN_COST * point.scanned, point.hits
 
 
 def _points(index: ScannIndex, q_NxQxC: np.ndarray, exact_NxK: np.ndarray, most: int) -> list[Point]:
     """Recall at every number of hits, from one search for the most: fewer hits are its first ones."""
     k, rows, scores, rough = exact_NxK.shape[1], [], [], []
+    scanned = round(len(index) * (index.leaves or 1) / (index.parts[0].how.leaves or 1))
     nearest_s = rough_s = score_s = 0.0
     for first in range(0, len(q_NxQxC), BATCHES[-1]):
         q = q_NxQxC[first : first + BATCHES[-1]]
@@ -144,8 +148,8 @@ def _points(index: ScannIndex, q_NxQxC: np.ndarray, exact_NxK: np.ndarray, most:
             rough_hits = hits if scored < hits else 0
             ms = 1000 * (nearest_s + (score_s * scored + rough_s * rough_hits) / row_NxH.shape[1])
             recall = round(share_found(exact_NxK, got), 5)
-            point = Point(hits=hits, leaves=index.leaves, spare=spare, scored=scored, recall=recall, ms=round(ms, 3))
-            points.append(point)
+            made = {"hits": hits, "leaves": index.leaves, "spare": spare, "scanned": scanned, "scored": scored}
+            points.append(Point(**made, recall=recall, ms=round(ms, 3)))
     return points
 
 
