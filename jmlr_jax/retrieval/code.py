@@ -26,7 +26,7 @@ ERROR = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 8: 0.0001}
 GROUP = 8  # directions that share a number of bits: whole bytes at every width
 KMEANS_ROUNDS, TOKENS_PER_CENTROID = 8, 40
 ASSIGN_BATCH = 8192  # tokens in one call
-COMPARED = 256  # tokens compared with all centroids at a time: the products stay in the cache of a CPU
+COMPARED = 256  # tokens compared with all centroids at a time: products that fit a CPU's cache (docs/benchmarks.md)
 
 
 @partial(
@@ -241,7 +241,7 @@ def _unpack(packed: Array, bits: int) -> Array:
     shifts, mask = [bits * place for place in range(8 // bits)], 2**bits - 1
     if len(shifts) <= 2:
         return jnp.concatenate([(packed >> shift) & mask for shift in shifts], -1)
-    # On a CPU, joining four or eight blocks takes a third longer than this, joining two less (docs/benchmarks.md).
+    # On a CPU, joining four or eight blocks takes longer than this, joining two less.
     blocks = (packed[..., None, :] >> jnp.array(shifts, jnp.uint8)[:, None]) & mask
     return blocks.reshape(*packed.shape[:-1], -1)
 
