@@ -14,6 +14,7 @@ from jmlr_jax.retrieval.build import sample_rows
 from jmlr_jax.retrieval.exact import ExactIndex
 from jmlr_jax.retrieval.scann import ScannIndex, ScannSettings
 from jmlr_jax.retrieval.store import params_fingerprint
+from jmlr_jax.retrieval.tune import Point, cheapest
 from jmlr_jax.retrieval.vectors import TokenVectors
 
 
@@ -211,12 +212,27 @@ def test_a_tree_is_tuned_in_both_directions(monkeypatch):
     assert all(p.scanned == round(1500 * p.leaves / 32) for p in index.curve.points)
     chosen = index.curve.chosen
     assert chosen.recall >= 0.7
-    for p in index.curve.points:  # none that is good enough has less of everything
-        less = p.scored < chosen.scored and p.hits < chosen.hits and p.scanned < chosen.scanned
-        assert not (p.recall >= 0.7 and less)
-    # Leaves are cheap beside hits: where a tenth of the leaves would need more hits, more leaves are searched.
-    few = [p.scored for p in index.curve.points if p.recall >= 0.7 and p.leaves == 2]
-    assert chosen.leaves > 2 and chosen.scored <= min(few, default=chosen.scored)
+    assert chosen == cheapest(index.curve.points, 0.7)
+
+
+def test_the_least_work_is_chosen():
+    def point(hits: int, scored: int, scanned: int, recall: float = 0.95) -> Point:
+        return Point(hits=hits, leaves=2, spare=4, scanned=scanned, scored=scored, recall=recall, ms=1.0)
+
+    usual = point(1000, 250, 50_000)
+    for other, best in (
+        (point(1000, 250, 25_000), True),  # fewer leaves
+        (point(900, 250, 50_000), True),  # fewer hits by centroids
+        (point(1000, 240, 50_000), True),  # fewer in full
+        (point(500, 250, 75_000), True),  # leaves are cheap beside hits
+        (point(990, 250, 75_000), False),  # but not free
+        (point(600, 300, 50_000), False),  # a hit in full costs as much as several by centroids
+        (point(280, 280, 50_000), True),  # all in full: none by centroids
+        (point(10, 10, 10, recall=0.9), False),  # not good enough
+    ):
+        assert (cheapest([usual, other], 0.95) == other) is best
+        assert (cheapest([other, usual], 0.95) == other) is best
+    assert cheapest([usual, point(2000, 10, 10, recall=0.97), point(1000, 2000, 10, recall=0.97)], 0.99).hits == 1000
 
 
 def test_pieces_make_the_same_index_as_the_whole(monkeypatch):
