@@ -302,7 +302,13 @@ def main() -> None:
     parser.add_argument("--parts", type=int, help="parts of 1,024 passages; default: all")
     ours_default = [f"{IndexConfig().bits}:0.96"]  # a little above the goal: other questions find a little less
     parser.add_argument("--ours", nargs="+", default=ours_default, metavar="BITS:RECALL,...", help="settings of ours")
-    parser.add_argument("--plaid-bits", type=int, nargs="+", default=[2], help="codes of fast-plaid to compare")
+    parser.add_argument(
+        "--plaid",
+        nargs="+",
+        default=["2:4096:8", "2:1024:4"],
+        metavar="BITS:SCORED:PROBED",
+        help="settings of fast-plaid: bits of its code, passages scored in full, lists probed",
+    )
     parser.add_argument("--batch", type=int, default=128, help="questions in a batch")
     parser.add_argument("--single", type=int, default=25, help="questions asked one at a time")
     parser.add_argument("--exact", type=int, default=16, help="questions of the exact search, in its one batch")
@@ -337,10 +343,10 @@ def main() -> None:
         if args.peers:
             peers = Peers(args.peers, world, args.cache / f"peers_{len(world.passages)}", TUNING)
             wanted: dict[str, dict[str, Any]] = {"FAISS IVF, pooled": {}}
-            for nbits in args.plaid_bits:
-                for full, probe in ((4096, 8), (1024, 4)):
-                    knobs = {"nbits": nbits, "n_full_scores": full, "n_ivf_probe": probe}
-                    wanted[f"fast-plaid, {nbits} bits, {full} scored, {probe} probed"] = {"plaid": knobs}
+            for setting in args.plaid:
+                nbits, full, probe = (int(part) for part in setting.split(":"))
+                knobs = {"nbits": nbits, "n_full_scores": full, "n_ivf_probe": probe}
+                wanted[f"fast-plaid, {nbits} bits, {full} scored, {probe} probed"] = {"plaid": knobs}
             for name, how in wanted.items():
                 answer = peers.ask(open=name, **how)
                 systems[name] = peers.search(name)

@@ -25,23 +25,24 @@ from jmlr_jax.retrieval.scann import learn_code
 from jmlr_jax.retrieval.tokens import TokenStore, gather, score_tokens, trimmed
 
 SIZES = (32, 64, 128, 256, 512, 1024, 1 << 20)
-CODED = ("cell", "packed", "gain")
 CORPUS_TOKENS = 3_560_000  # of the whole corpus: its number of centroids
 
 
 def by_size(work: Callable[[], object], module: object, name: str, rounds: int) -> list[float]:
     """Median seconds of the work with each size of block."""
-    taken: list[list[float]] = [[] for _ in SIZES]
-    for number, size in enumerate(SIZES):
+    used, found = getattr(module, name), []
+    for size in SIZES:
         setattr(module, name, size)
         jax.clear_caches()
         jax.block_until_ready(work())  # compilation
+        taken = []
         for _ in range(rounds):
             start = time.perf_counter()
             jax.block_until_ready(work())
-            taken[number].append(time.perf_counter() - start)
-    setattr(module, name, 256)
-    return [float(np.median(one)) for one in taken]
+            taken.append(time.perf_counter() - start)
+        found.append(float(np.median(taken)))
+    setattr(module, name, used)
+    return found
 
 
 def main() -> None:
@@ -60,11 +61,11 @@ def main() -> None:
         assert code is not None
         on_device = jax.device_put(code)
         store = TokenStore.of(world.pieces(), code, on_device)
-        for hits, names in ((6000, CODED[:1]), (1500, CODED)):
+        for hits, names in ((6000, ("cell",)), (1500, tuple(store.arrays))):
             rows = rng.choice(len(store), hits, replace=False)
             work = partial(score_tokens, on_device, question, gather([store], names, rows), hits=hits)
             found = by_size(work, tokens_module, "AT_ONCE", args.rounds)
-            how = "in full" if names == CODED else "by centroids"
+            how = "in full" if len(names) > 1 else "by centroids"
             of = f"{bits:g} bits, {hits:,} hits {how}, {len(question)} question tokens"
             print(f"| {of} | " + " | ".join(f"{1000 * s:.1f}" for s in found) + " |", flush=True)
     tokens = world.tokens_TxC[: code_module.ASSIGN_BATCH].astype(np.float32)

@@ -190,7 +190,8 @@ def assigning(passages: float, tokens: float) -> float:
 def sizing(points: list[dict[str, Any]], hosts: tuple[int, ...] = (1, 8, 32)) -> str:
     """A table for 0.1M, 1M and 24M passages, with the model it follows."""
     cfg = IndexConfig()
-    per_passage = points[-1]["tokens"] / points[-1]["passages"]
+    last = points[-1]
+    per_passage = last["tokens"] / last["passages"]
     code = cfg.bits * source.DIM / 8 + 3  # centroid number and gain
     work = np.array([[p["passages"] / 1e6, assigning(p["passages"], p["tokens"])] for p in points])
     # Through the largest points without a constant: what a small build costs once is no matter at a million passages.
@@ -199,7 +200,7 @@ def sizing(points: list[dict[str, Any]], hosts: tuple[int, ...] = (1, 8, 32)) ->
     def seconds(passages: float, processes: int) -> float:
         return float(fitted @ [passages / 1e6, assigning(passages, passages * per_passage)]) / processes
 
-    last = points[-1]  # beside the index and the encodings: the sample, what learning and tuning hold
+    # Beside the index and the encodings: the sample, what learning and tuning hold.
     other = max(0, last["peak_bytes"] - last["bytes"] - 4 * cfg.directions * last["passages"])
     lines = [
         f"model: {per_passage:.0f} tokens a passage at {code:.0f} bytes; ScaNN {cfg.directions // 2} bytes a passage,",

@@ -223,7 +223,7 @@ class IndexConfig(Strict):
         0.95,
         gt=0,
         le=1,
-        description="share of the exact best that must be found: the fewest hits that do are scored; null: `rerank`",
+        description="share of the exact best that must be found, by the least work; null: score `rerank` hits",
     )
     bits: float = Field(
         4.0, gt=0, le=16, description="of stored token vectors, per dimension; 16: float16, no code; else at most 8"

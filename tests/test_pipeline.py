@@ -1,6 +1,7 @@
 """`jmlr run` in miniature: all arms end to end, what it leaves behind, and that a second call does nothing."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -54,7 +55,9 @@ def test_pictures_and_a_page_of_its_own(finished):
     for name in ("accuracy.png", "training.png", "retriever.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
     page = (finished / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and "http" not in page.split("<body")[1]
+    # Pictures are taken out first: base64 spells any four letters sooner or later.
+    text, pictures = re.subn(r'src="data:image/png;base64,[A-Za-z0-9+/=]+"', "", page)
+    assert pictures == 3 and "http" not in text.split("<body")[1]
 
 
 def test_every_arm_gave_the_generator_as_many_updates(finished):

@@ -251,7 +251,7 @@ class ScannIndex:
         waiting: Any = None
         for number, row_H in enumerate(row_NxH):
             tiles = gather(stores, names, np.where(row_H >= 0, self.entry_N[np.maximum(row_H, 0)], -1))
-            started = score_tokens(self._code, trimmed(q_NxQxC[number][None])[0], tiles, hits=len(row_H))
+            started = score_tokens(self._code, trimmed(q_NxQxC[number : number + 1])[0], tiles, hits=len(row_H))
             if waiting is not None:
                 score_NxH[number - 1] = waiting
             waiting = started

@@ -23,7 +23,7 @@ from jmlr_jax.scoring import MASKED_SIMILARITY
 ENCODE_BATCH = 8192  # tokens coded at once
 TILE = 32  # tokens
 AT_ONCE = 256  # tiles of a question compared at once
-QUERY_STEP = 8  # the same for question tokens
+QUERY_STEP = 8  # question tokens are rounded up to a multiple of this
 BATCHES = (1, 8, 64)  # questions encoded at once are padded to one of these
 
 

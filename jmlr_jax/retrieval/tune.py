@@ -73,7 +73,7 @@ def share_found(want_NxK: np.ndarray, got_NxK: np.ndarray) -> float:
 def tune(
     index: ScannIndex, q_NxQxC: np.ndarray, exact_NxK: np.ndarray, most: int, target: float | None
 ) -> tuple[ScannIndex, Curve]:
-    """The index with the fewest hits, and leaves, that reach the target, and the curve it was read from.
+    """The index with the hits and leaves of least work that reach the target, and the curve it was read from.
 
     Args:
       index: as built.
@@ -148,8 +148,17 @@ def _points(index: ScannIndex, q_NxQxC: np.ndarray, exact_NxK: np.ndarray, most:
             rough_hits = hits if scored < hits else 0
             ms = 1000 * (nearest_s + (score_s * scored + rough_s * rough_hits) / row_NxH.shape[1])
             recall = round(share_found(exact_NxK, got), 5)
-            made = {"hits": hits, "leaves": index.leaves, "spare": spare, "scanned": scanned, "scored": scored}
-            points.append(Point(**made, recall=recall, ms=round(ms, 3)))
+            points.append(
+                Point(
+                    hits=hits,
+                    leaves=index.leaves,
+                    spare=spare,
+                    scanned=scanned,
+                    scored=scored,
+                    recall=recall,
+                    ms=round(ms, 3),
+                )
+            )
     return points
 
 
