@@ -17,7 +17,7 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import retrieval_vectors as source
 from jmlr_jax.config import IndexConfig
 from jmlr_jax.metrics import bootstrap_interval
 from jmlr_jax.retrieval.bm25 import BM25
-from jmlr_jax.retrieval.build import build_index_of_pieces, sample_rows
+from jmlr_jax.retrieval.build import build_index_streamed
 from jmlr_jax.retrieval.exact import ExactIndex, ExactSearch
 from jmlr_jax.retrieval.fusion import reciprocal_rank
 from jmlr_jax.retrieval.store import open_index
@@ -71,10 +71,14 @@ class World:
             v[at, : len(tokens)], keep[at, : len(tokens)] = tokens, True
         return TokenVectors(v, keep)
 
-    def pieces(self) -> Any:
-        """The whole corpus, a piece at a time."""
-        for first in range(0, len(self.passages), PIECE):
-            yield self.rows(np.arange(first, min(first + PIECE, len(self.passages))))
+    def encode_rows(self, rows: np.ndarray) -> Iterator[TokenVectors]:
+        """Token vectors of passages, a piece at a time."""
+        for first in range(0, len(rows), PIECE):
+            yield self.rows(rows[first : first + PIECE])
+
+    def pieces(self) -> Iterator[TokenVectors]:
+        """The whole corpus."""
+        return self.encode_rows(np.arange(len(self.passages)))
 
     def q(self, name: str) -> np.ndarray:
         """Token vectors of a set of questions, float32 [n, Q, C], zero where there is no token."""
@@ -164,9 +168,8 @@ def ours(world: World, cfg: IndexConfig, recalls: list[float], folder: Path) -> 
     It is tuned on questions that are not measured.
     """
     start = time.perf_counter()
-    index = build_index_of_pieces(
-        world.pieces(),
-        world.rows(sample_rows(len(world.passages), 0)),
+    index = build_index_streamed(
+        world.encode_rows,
         len(world.passages),
         cfg,
         model_fingerprint="minilm",

@@ -34,7 +34,7 @@ from retrieval import PIECE, TOP, TUNING, World
 from scipy.optimize import nnls
 
 from jmlr_jax.config import IndexConfig
-from jmlr_jax.retrieval.build import build_index_of_pieces, sample_rows
+from jmlr_jax.retrieval.build import build_index_streamed
 from jmlr_jax.retrieval.code import KMEANS_ROUNDS, TOKENS_PER_CENTROID, centroid_count
 from jmlr_jax.retrieval.scann import SAMPLE_PASSAGES, SAMPLE_TOKENS, ScannIndex, settings
 from jmlr_jax.retrieval.store import open_index
@@ -75,10 +75,10 @@ class Grown:
             v[at, : len(tokens)], keep[at, : len(tokens)] = tokens, True
         return TokenVectors(v, keep)
 
-    def pieces(self) -> Iterator[TokenVectors]:
-        """Everything, a piece at a time."""
-        for first in range(0, self.total, PIECE):
-            yield self.rows(np.arange(first, min(first + PIECE, self.total)))
+    def encode_rows(self, rows: np.ndarray) -> Iterator[TokenVectors]:
+        """Passages, a piece at a time."""
+        for first in range(0, len(rows), PIECE):
+            yield self.rows(rows[first : first + PIECE])
 
 
 def nearest(pooled_DxV: np.ndarray) -> np.ndarray:
@@ -96,15 +96,14 @@ def measure(grown: Grown, questions: int, overrides: dict[str, str]) -> dict[str
     world = grown.world
     q = world.q("medquad")
     start = time.perf_counter()
-    for _ in grown.pieces():
+    for _ in grown.encode_rows(np.arange(grown.total)):
         pass
     generation = time.perf_counter() - start  # taken off below: real passages are not generated
     cfg = IndexConfig.model_validate({"kind": "scann", "rerank": 2000, "oracle_queries": TUNING, **overrides})
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    index = build_index_of_pieces(
-        grown.pieces(),
-        grown.rows(sample_rows(grown.total, 0)),
+    index = build_index_streamed(
+        grown.encode_rows,
         grown.total,
         cfg,
         model_fingerprint="minilm",

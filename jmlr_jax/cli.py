@@ -225,6 +225,7 @@ COMMANDS = {
         "ask the index of a run; @FILE with lines `id<TAB>question` for a TREC run file",
         'jmlr search "What helps against gout?" --run-dir runs/a --hybrid',
         places=("QUERY",),
+        together=True,
     ),
     "import": _Command(
         _import,

@@ -65,50 +65,7 @@ def _replicate(tree: Any, everywhere: NamedSharding | None) -> Any:
     return tree if everywhere is None else jax.lax.with_sharding_constraint(tree, everywhere)
 
 
-def encode_corpus(
-    encode: EncodePassages,
-    params: Params,
-    cfg: RetrieverConfig,
-    read: ReadRows,
-    passages: int,
-    skip_V: np.ndarray,
-    *,
-    batch: int,
-    mesh: Mesh | None = None,
-    progress: bool = False,
-) -> TokenVectors:
-    """Token vectors of every passage.
-
-    Args:
-      encode: ``nn.functional.encode_passages`` or its like; the same object on every call, or it compiles again.
-      params: of the retriever, on the device (sharded, where there is a mesh).
-      cfg: shape of the retriever.
-      read: token rows by number, such as ``partial(table.padded, length=..., pad_id=...)``.
-      passages: N, how many rows there are.
-      skip_V: bool, vocabulary entries that take no part in MaxSim.
-      batch: passages at once over all devices; rounded up to a multiple of the mesh's devices.
-      mesh: every batch is split over all its devices; None runs where ``params`` are.
-      progress: show a bar.
-
-    Raises:
-      ValueError: no passages.
-    """
-    if passages < 1:
-        raise ValueError("no passages to encode")
-    vectors_NxPxC = keep_NxP = np.zeros(0)
-    done = 0
-    rows = np.arange(passages)
-    for piece in encode_pieces(encode, params, cfg, read, rows, skip_V, batch=batch, mesh=mesh, progress=progress):
-        if done == 0:
-            vectors_NxPxC = np.empty((passages, *piece.vectors_NxPxC.shape[1:]), np.float16)
-            keep_NxP = np.empty((passages, piece.keep_NxP.shape[1]), np.bool_)
-        where = slice(done, done + len(piece))
-        vectors_NxPxC[where], keep_NxP[where] = piece.vectors_NxPxC, piece.keep_NxP
-        done += len(piece)
-    return TokenVectors(vectors_NxPxC, keep_NxP)
-
-
-def encode_pieces(
+def encode_passages_batched(
     encode: EncodePassages,
     params: Params,
     cfg: RetrieverConfig,
@@ -120,10 +77,18 @@ def encode_pieces(
     mesh: Mesh | None = None,
     progress: bool = False,
 ) -> Iterator[TokenVectors]:
-    """Token vectors of the passages ``rows`` (int [n]) in that order, in pieces of at most ``batch``, for a corpus that
-    is not to be held whole (:func:`jmlr_jax.retrieval.build.build_index_of_pieces`) or not to be encoded whole.
+    """Token vectors of passages in the order asked for, in pieces of at most ``batch``; no rows, no pieces.
 
-    Arguments as :func:`encode_corpus`; no rows, no pieces.
+    Args:
+      encode: ``nn.functional.encode_passages`` or its like; the same object on every call, or it compiles again.
+      params: of the retriever, on the device (sharded, where there is a mesh).
+      cfg: shape of the retriever.
+      read: token rows by number, such as ``partial(table.padded, length=..., pad_id=...)``.
+      rows: int [n], numbers of the passages.
+      skip_V: bool, vocabulary entries that take no part in MaxSim.
+      batch: passages at once over all devices; rounded up to a multiple of the mesh's devices.
+      mesh: every batch is split over all its devices; None runs where ``params`` are.
+      progress: show a bar.
     """
     run = partial(encode_batch, params, encode=encode, cfg=cfg, everywhere=_everywhere(mesh))
     bar = "encoding passages" if progress else None
@@ -148,7 +113,7 @@ def encode_queries_batched(
 ) -> Iterator[np.ndarray]:
     """Token vectors of every question in order, float32 [n, Q, C] pieces of at most ``batch``.
 
-    Arguments as :func:`encode_corpus`; no questions, no pieces.
+    Arguments as :func:`encode_passages_batched`; no questions, no pieces.
     """
     run = partial(_queries, params, encode=encode, cfg=cfg, everywhere=_everywhere(mesh))
     bar = "encoding questions" if progress else None

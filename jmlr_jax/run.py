@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jmlr_jax import config_io, lora
@@ -27,6 +28,7 @@ from jmlr_jax.hf.load import load_generator, load_retriever
 from jmlr_jax.nn.copying import favour_copying
 from jmlr_jax.nn.functional import abstract_params, init_colbert, init_llama, logical_axes
 from jmlr_jax.retrieval.bm25 import BM25
+from jmlr_jax.retrieval.vectors import drawn_rows
 from jmlr_jax.sharding import make_mesh, shardings
 
 Weights = dict[str, Any]
@@ -78,6 +80,14 @@ class Run:
     def lexical(self) -> BM25:
         """BM25 over the passages."""
         return BM25([f"{passage.title} {passage.text}" for passage in self.prepared.passages])
+
+    @cached_property
+    def dev_rows(self) -> np.ndarray:
+        """Rows of the dev questions that checkpoints are compared on, int64.
+
+        Drawn: files are often sorted by source or kind, and the first of them would speak for one kind.
+        """
+        return drawn_rows(len(self.prepared.questions("dev")), self.cfg.train.dev_questions, self.cfg.seed)
 
     def initial_weights(self) -> Weights:
         """``retriever``, ``generator`` and, under adapters, ``base``: fresh copies, placed on the mesh."""

@@ -17,14 +17,17 @@ from jmlr_jax.config import Config
 from jmlr_jax.data.prompts import Prompts
 from jmlr_jax.data.tokenise import tokenise
 from jmlr_jax.data.tokenizers import encoder, load_tokenizer
-from jmlr_jax.encode import encode_corpus, encode_queries_batched
+from jmlr_jax.distributed import is_first
+from jmlr_jax.encode import encode_passages_batched, encode_queries_batched
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.nn.functional import encode_passages, encode_queries
 from jmlr_jax.pipeline import INITIAL, retriever_of
+from jmlr_jax.placement import own_mesh
 from jmlr_jax.retrieval.fusion import reciprocal_rank, write_trec
-from jmlr_jax.retrieval.store import Index, open_index, params_fingerprint
+from jmlr_jax.retrieval.saved import SavedIndex
+from jmlr_jax.retrieval.store import params_fingerprint
 from jmlr_jax.run import Run
-from jmlr_jax.tables import index_folder
+from jmlr_jax.tables import index_home
 
 HYBRID_DEPTH = 100  # passages of each ranking that are fused
 SHOWN_MATCHES = 6  # passage tokens highlighted
@@ -59,6 +62,9 @@ class Found:
 class Engine:
     """A run's retriever, corpus and index, ready for questions.
 
+    Of several processes each makes one and asks it the same; each searches its shares of the index, and all get the
+    passages of all.
+
     Args:
       run: an opened run directory.
       name: ``initial``, or the phase whose retriever and index are asked.
@@ -72,7 +78,7 @@ class Engine:
         self.retriever: Any = retriever_of(run, None if name == INITIAL else name)
         fingerprint = params_fingerprint(jax.device_get(self.retriever))
         corpus = run.prepared.card["fingerprints"]["corpus"]
-        self.index: Index = open_index(index_folder(run, name), fingerprint, corpus)
+        self.index = SavedIndex.open(index_home(run, name), fingerprint, corpus, len(run.prepared.passages))
         self.prompts = Prompts(run.cfg.retriever, run.cfg.generator)
         self._tokenizer = encoder(load_tokenizer(run.prepared.tokenizer_dir("retriever")))
 
@@ -111,7 +117,7 @@ class Engine:
             lambda rows: table.padded(rows, width, fill),
             len(texts),
             batch=min(run.cfg.index.encode_batch, len(texts)),
-            mesh=run.mesh,
+            mesh=own_mesh(run.mesh),
         )
         return np.concatenate(list(pieces)), np.diff(table.offsets).astype(np.int32)
 
@@ -153,15 +159,15 @@ class Engine:
             return []
         q_1xQxC, length_1 = self.vectors([text])
         prepared, before = self.run.prepared, len(self.run.prepared.retriever_ids.around("query")[0])
-        made = encode_corpus(
+        (made,) = encode_passages_batched(
             encode_passages,
             self.retriever,
             self.run.retriever,
-            lambda at: prepared.passage_tokens(rows[at]),
-            len(rows),
+            prepared.passage_tokens,
+            rows,
             prepared.skip_V,
             batch=len(rows),
-            mesh=self.run.mesh,
+            mesh=own_mesh(self.run.mesh),
         )
         said_QxC = q_1xQxC[0, before : length_1[0] - 1]  # the question's own words, no markers and no filling
         results = []
@@ -261,11 +267,12 @@ def run_search(
     if asked.startswith("@") and trec is None:
         raise SearchError(f"{asked}: a file of questions gives a run file; say where with --trec FILE")
     engine = Engine(Run.open(cfg), name)
-    with jax.set_mesh(engine.run.mesh):
-        rows, scores = engine.search(texts, k, sources, hybrid)
-        if trec is not None:
-            passage_ids = [passage.id for passage in engine.run.prepared.passages]
-            write_trec(trec, ids, passage_ids, rows, scores, "hybrid" if hybrid else "maxsim")
-            Console(stderr=True).print(f"{trec}: {len(ids)} questions, {int((rows >= 0).sum())} passages")
-        if not asked.startswith("@"):
-            Console().print(shown(engine.found(texts[0], rows[0], scores[0])), soft_wrap=True)
+    rows, scores = engine.search(texts, k, sources, hybrid)
+    if not is_first():
+        return
+    if trec is not None:
+        passage_ids = [passage.id for passage in engine.run.prepared.passages]
+        write_trec(trec, ids, passage_ids, rows, scores, "hybrid" if hybrid else "maxsim")
+        Console(stderr=True).print(f"{trec}: {len(ids)} questions, {int((rows >= 0).sum())} passages")
+    if not asked.startswith("@"):
+        Console().print(shown(engine.found(texts[0], rows[0], scores[0])), soft_wrap=True)

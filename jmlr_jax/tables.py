@@ -21,12 +21,14 @@ from jax.experimental.multihost_utils import process_allgather
 
 from jmlr_jax.arms import PassageSource
 from jmlr_jax.distributed import check_same, from_first, is_first, on_first
-from jmlr_jax.encode import encode_corpus, encode_pieces, encode_queries_batched
+from jmlr_jax.encode import encode_passages_batched, encode_queries_batched
 from jmlr_jax.files import replacing
 from jmlr_jax.nn.functional import encode_passages, encode_queries
 from jmlr_jax.placement import own_mesh
-from jmlr_jax.retrieval.build import build_index, changed_share, update_index
+from jmlr_jax.retrieval.build import build_index_streamed, changed_share, update_index
 from jmlr_jax.retrieval.candidates import build_table, merged_table, mixed_table, overlap, random_table, recall
+from jmlr_jax.retrieval.saved import share_fingerprint, share_folder
+from jmlr_jax.retrieval.shards import share_of
 from jmlr_jax.retrieval.store import Index, IndexUnusable, open_index, params_fingerprint, passage_digests
 from jmlr_jax.retrieval.vectors import TokenVectors, drawn_rows
 from jmlr_jax.run import DataError, Run
@@ -36,10 +38,14 @@ DIGEST_CHUNK = 8192  # passages read at once
 SPARE_DEPTH = 4  # how many times its share each source of a mixture is asked for, to fill up what they have in common
 
 
+def index_home(run: Run, name: str) -> Path:
+    """Where the index of that name is kept, whole or in shares."""
+    return run.directory / "index" / name
+
+
 def index_folder(run: Run, name: str) -> Path:
     """Where this process keeps its index of that name: the whole corpus, or its own share of it."""
-    folder, count = run.directory / "index" / name, jax.process_count()
-    return folder if count == 1 else folder / f"share_{jax.process_index()}_of_{count}"
+    return share_folder(index_home(run, name), jax.process_index(), jax.process_count())
 
 
 def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool = False) -> Index:
@@ -57,6 +63,20 @@ def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool
       keep: the index will be saved, so it is given what an update needs to know.
     """
     passages, corpus = _share(run)
+
+    def encode_rows(rows: np.ndarray) -> Iterator[TokenVectors]:
+        return encode_passages_batched(
+            encode_passages,
+            retriever,
+            run.retriever,
+            run.prepared.passage_tokens,
+            passages.start + rows,
+            run.prepared.skip_V,
+            batch=_encode_batch(run),
+            mesh=own_mesh(run.mesh),
+            progress=progress,
+        )
+
     model = params_fingerprint(jax.device_get(retriever))
     found = sorted(run.directory.glob(str(index_folder(run, "*").relative_to(run.directory) / "card.json")))
     for wanted in (corpus, None):
@@ -70,30 +90,15 @@ def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool
             digests = _digests(run, passages)
             if changed_share(index, digests) <= UPDATE_BELOW:
                 with _alone(run):
-                    return update_index(
-                        index,
-                        digests,
-                        lambda rows: _encoded(run, retriever, passages.start + rows, progress),
-                        corpus_fingerprint=corpus,
-                    )
+                    return update_index(index, digests, encode_rows, corpus_fingerprint=corpus)
     cfg, prepared = run.cfg, run.prepared
     with _alone(run):
-        vectors = encode_corpus(
-            encode_passages,
-            retriever,
-            run.retriever,
-            lambda rows: prepared.passage_tokens(passages.start + rows),
-            len(passages),
-            prepared.skip_V,
-            batch=_encode_batch(run),
-            mesh=own_mesh(run.mesh),
-            progress=progress,
-        )
         # Drawn: files are often sorted by source or kind, and an index tuned on one kind finds less for the others.
         rows = drawn_rows(len(prepared.questions("train")), cfg.index.oracle_queries, cfg.seed)
         sample = np.concatenate(list(query_vectors(run, retriever, "train", rows)))
-        return build_index(
-            vectors,
+        return build_index_streamed(
+            encode_rows,
+            len(passages),
             cfg.index,
             model_fingerprint=model,
             corpus_fingerprint=corpus,
@@ -102,21 +107,6 @@ def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool
             seed=cfg.seed,
             digests_Nx16=_digests(run, passages) if keep else None,
         )
-
-
-def _encoded(run: Run, retriever: Any, rows: np.ndarray, progress: bool) -> Iterator[TokenVectors]:
-    """Token vectors of these passages of the corpus, in pieces."""
-    return encode_pieces(
-        encode_passages,
-        retriever,
-        run.retriever,
-        run.prepared.passage_tokens,
-        rows,
-        run.prepared.skip_V,
-        batch=_encode_batch(run),
-        mesh=own_mesh(run.mesh),
-        progress=progress,
-    )
 
 
 def _digests(run: Run, passages: range) -> np.ndarray:
@@ -133,13 +123,11 @@ def _digests(run: Run, passages: range) -> np.ndarray:
 
 def _share(run: Run) -> tuple[range, str]:
     """Passages that this process indexes, and the fingerprint of that part of the corpus."""
-    count, whole, own = len(run.prepared.passages), run.prepared.card["fingerprints"]["corpus"], jax.process_index()
-    if jax.process_count() == 1:
-        return range(count), whole
+    count, whole = len(run.prepared.passages), run.prepared.card["fingerprints"]["corpus"]
     if count < jax.process_count():
         raise DataError(f"{count} passages cannot be shared among {jax.process_count()} processes; start fewer")
-    rows = range(own * count // jax.process_count(), (own + 1) * count // jax.process_count())
-    return rows, f"{whole} rows {rows.start} to {rows.stop}"
+    rows = share_of(count, jax.process_index(), jax.process_count())
+    return rows, share_fingerprint(whole, rows, count)
 
 
 def _alone(run: Run) -> AbstractContextManager[Any]:
@@ -213,7 +201,7 @@ class Candidates:
 
     Attributes:
       train_NxK: candidates of the training questions; rows that no step before the next refresh reads may be older.
-      dev_nxK: candidates of the dev questions that checkpoints are compared on.
+      dev_nxK: candidates of ``run.dev_rows``, the dev questions that checkpoints are compared on.
       metrics: of the last adoption: ``index/staleness`` and, with gold ids, ``recall/candidates`` and ``recall/top1``.
     """
 
@@ -228,7 +216,7 @@ class Candidates:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="refresh")
         self._pending: tuple[int, Future[dict[str, np.ndarray]]] | None = None
         self.train_NxK = np.full((len(run.prepared.questions("train")), train.candidates), -1, np.int32)
-        self.dev_nxK = np.full((self._dev_count(), train.candidates), -1, np.int32)
+        self.dev_nxK = np.full((len(run.dev_rows), train.candidates), -1, np.int32)
         self.metrics: dict[str, float] = {}
         self._beside: tuple[float, float | None] = 0.0, None  # seconds of finished refreshes; when one began
         self._waited = 0.0
@@ -313,9 +301,8 @@ class Candidates:
         index = retriever_index(run, retriever)
         found = {"rows": rows, "fingerprint": fingerprint}
         found["found"], found["score"] = search(run, index, retriever, "train", rows, depth)
-        if self._dev_count():
-            dev_rows = np.arange(self._dev_count())
-            found["dev_found"], found["dev_score"] = search(run, index, retriever, "dev", dev_rows, depth)
+        if len(run.dev_rows):
+            found["dev_found"], found["dev_score"] = search(run, index, retriever, "dev", run.dev_rows, depth)
         return found
 
     def _made(self) -> dict[str, np.ndarray]:
@@ -336,9 +323,9 @@ class Candidates:
     def _mix(self, step: int, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The tables of a refresh from what all processes found."""
         top, dev = merged((found["found"], found["score"])), self.dev_nxK
-        if self._dev_count():
+        if len(self.run.dev_rows):
             dev = merged((found["dev_found"], found["dev_score"]))
-            dev = self._mixed("dev", dev, np.arange(len(dev)), step)
+            dev = self._mixed("dev", dev, self.run.dev_rows, step)
         train = self._mixed("train", top, found["rows"], step)
         digest = hashlib.sha256(train.tobytes() + dev.tobytes()).hexdigest()
         check_same(f"the candidate table of step {step}", digest, "a fault; please report it with both outputs")
@@ -361,9 +348,6 @@ class Candidates:
             passages = len(self.run.prepared.passages)
             parts["random"] = random_table(len(rows), passages, 2 * train.candidates, seed), train.mix.random
         return mixed_table(parts, train.candidates, _seed(self.run, split, "order", step))
-
-    def _dev_count(self) -> int:
-        return min(self.run.cfg.train.dev_questions, len(self.run.prepared.questions("dev")))
 
     def _file(self, step: int) -> Path:
         return self.folder / f"step_{step:07d}.npz"

@@ -192,7 +192,7 @@ def _build(run: Run, phase: Phase, folder: Path, steps: int, console: Console) -
         dev=jax.jit(partial(reading_loss, spec=spec), out_shardings=everywhere(run.mesh)),
         batch=ReadingLessons(run).batch if phase.passages == "mixed" else batch,
         candidates=candidates,
-        dev_table=np.zeros((0, 1), np.int32) if candidates else tables["dev"][: train.dev_questions],
+        dev_table=np.zeros((0, 1), np.int32) if candidates else tables["dev"][run.dev_rows],
     )
 
 
@@ -261,14 +261,14 @@ def _resume(loop: Loop, checkpoints: Checkpoints, stream: Any) -> int:
 
 
 def _dev_loss(run: Run, loop: Loop) -> float | None:
-    """Mean answer loss of the first dev questions, in batches of one compiled shape."""
+    """Mean answer loss of ``run.dev_rows``, in batches of one compiled shape."""
     table = loop.dev_table if loop.candidates is None else loop.candidates.dev_nxK
     if not len(table):
         return None
     size, losses = run.cfg.train.batch_size, []
     for first in range(0, len(table), size):
         rows, held = np.arange(first, first + size) % len(table), rows_held(run.mesh, size)
-        batch = assemble(run.prepared, "dev", rows[held], table[rows[held]])
+        batch = assemble(run.prepared, "dev", run.dev_rows[rows[held]], table[rows[held]])
         placed = place_batch(run.mesh, batch, held, size)
         count = min(size, len(table) - first)
         losses.append(np.asarray(loop.dev(loop.state["params"], loop.frozen, placed))[:count])

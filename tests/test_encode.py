@@ -11,10 +11,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jmlr_jax import encode
 from jmlr_jax.config import MeshConfig, RetrieverConfig
 from jmlr_jax.nn import functional
+from jmlr_jax.retrieval.vectors import TokenVectors
 from jmlr_jax.sharding import make_mesh
 
 CFG = RetrieverConfig(dim=8)
 VOCAB, PASSAGES, LENGTH = 30, 11, 6
+ALL = np.arange(PASSAGES)
 
 
 def read_from(ids, length):
@@ -46,6 +48,13 @@ def counted(calls):
     return passages, queries
 
 
+def everything(*args, **kwargs):
+    """All pieces as one."""
+    pieces = list(encode.encode_passages_batched(*args, **kwargs))
+    arrays = zip(*((piece.vectors_NxPxC, piece.keep_NxP) for piece in pieces), strict=True)
+    return TokenVectors(*map(np.concatenate, arrays))
+
+
 def by_hand(params, ids, length, skip):
     table = np.asarray(params["table"])
     table = table / np.linalg.norm(table, axis=-1, keepdims=True)
@@ -58,7 +67,7 @@ def test_corpus_equals_row_by_row(corpus, batch):
     """Batches that do not divide the corpus, that equal it, and that exceed it."""
     params, ids, length, skip = corpus
     want, keep = by_hand(params, ids, length, skip)
-    got = encode.encode_corpus(counted([])[0], params, CFG, read_from(ids, length), PASSAGES, skip, batch=batch)
+    got = everything(counted([])[0], params, CFG, read_from(ids, length), ALL, skip, batch=batch)
     assert got.vectors_NxPxC.dtype == np.float16
     np.testing.assert_allclose(got.vectors_NxPxC, want, atol=1e-3)
     np.testing.assert_array_equal(got.keep_NxP, keep)
@@ -68,11 +77,11 @@ def test_any_rows_come_in_the_order_asked_for(corpus):
     params, ids, length, skip = corpus
     want, keep = by_hand(params, ids, length, skip)
     rows, read = np.array([7, 2, 9, 0, 10]), read_from(ids, length)
-    pieces = list(encode.encode_pieces(counted([])[0], params, CFG, read, rows, skip, batch=2))
+    pieces = list(encode.encode_passages_batched(counted([])[0], params, CFG, read, rows, skip, batch=2))
     assert [len(piece) for piece in pieces] == [2, 2, 1]
     np.testing.assert_allclose(np.concatenate([p.vectors_NxPxC for p in pieces]), want[rows], atol=1e-3)
     np.testing.assert_array_equal(np.concatenate([p.keep_NxP for p in pieces]), keep[rows])
-    assert list(encode.encode_pieces(counted([])[0], params, CFG, read, rows[:0], skip, batch=2)) == []
+    assert list(encode.encode_passages_batched(counted([])[0], params, CFG, read, rows[:0], skip, batch=2)) == []
 
 
 def test_compiles_once_over_refreshes(corpus):
@@ -82,7 +91,7 @@ def test_compiles_once_over_refreshes(corpus):
     read = read_from(ids, length)
     for scale in (1.0, 2.0):
         fresh = jax.tree.map(lambda x, scale=scale: x * scale, params)
-        encode.encode_corpus(passages, fresh, CFG, read, PASSAGES, skip, batch=4)
+        everything(passages, fresh, CFG, read, ALL, skip, batch=4)
     assert calls == [(4, LENGTH)]
     for _ in range(2):
         list(encode.encode_queries_batched(queries, params, CFG, read, PASSAGES, batch=4))
@@ -98,21 +107,13 @@ def test_queries_come_in_order(corpus):
     assert list(encode.encode_queries_batched(counted([])[1], params, CFG, read_from(ids, length), 0, batch=4)) == []
 
 
-def test_empty_corpus_is_refused(corpus):
-    params, ids, length, skip = corpus
-    with pytest.raises(ValueError, match="no passages"):
-        encode.encode_corpus(counted([])[0], params, CFG, read_from(ids, length), 0, skip, batch=4)
-
-
 def test_mesh_gives_the_same_vectors(corpus):
     """All devices there are; the batch is rounded up to them."""
     params, ids, length, skip = corpus
     mesh = make_mesh(MeshConfig())
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     calls = []
-    got = encode.encode_corpus(
-        counted(calls)[0], params, CFG, read_from(ids, length), PASSAGES, skip, batch=3, mesh=mesh
-    )
+    got = everything(counted(calls)[0], params, CFG, read_from(ids, length), ALL, skip, batch=3, mesh=mesh)
     want, keep = by_hand(params, ids, length, skip)
     np.testing.assert_allclose(got.vectors_NxPxC, want, atol=1e-3)
     np.testing.assert_array_equal(got.keep_NxP, keep)
@@ -132,7 +133,7 @@ def test_the_real_encoder_fits():
     ids = np.random.default_rng(1).integers(0, VOCAB, (5, LENGTH)).astype(np.int32)
     length = np.array([6, 5, 4, 3, 2], np.int32)
     skip = np.arange(VOCAB) < 2
-    run = partial(encode.encode_corpus, functional.encode_passages, params, cfg, read_from(ids, length), 5, skip)
+    run = partial(everything, functional.encode_passages, params, cfg, read_from(ids, length), np.arange(5), skip)
     one, other = run(batch=2), run(batch=5)
     np.testing.assert_allclose(one.vectors_NxPxC, other.vectors_NxPxC, atol=2e-3)
     norms = np.linalg.norm(one.vectors_NxPxC.astype(np.float32), axis=-1)

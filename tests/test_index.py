@@ -1,6 +1,7 @@
 """Exact and ScaNN indexes and the directory they are kept in; ScaNN is the real one."""
 
 import doctest
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from indexes import CFG, QUERY_TOKENS, TOKENS, all_scores, build, clustered, rec
 
 from jmlr_jax.retrieval import build as build_module
 from jmlr_jax.retrieval import exact, scann, store, tune
-from jmlr_jax.retrieval.build import sample_rows
+from jmlr_jax.retrieval.build import build_index_streamed, sample_rows
 from jmlr_jax.retrieval.exact import ExactIndex
 from jmlr_jax.retrieval.scann import ScannIndex, ScannSettings
 from jmlr_jax.retrieval.store import params_fingerprint
@@ -246,6 +247,75 @@ def test_pieces_make_the_same_index_as_the_whole(monkeypatch):
     monkeypatch.setattr(build_module, "SAMPLE_PASSAGES", 10)
     rows = sample_rows(300, 0)
     assert len(rows) == 10 and (np.diff(rows) > 0).all() and rows.max() > 150
+
+
+def in_pieces(vectors, asked, sizes=(7, 1, 12)):
+    """Gives any rows in pieces of these numbers in turn, each no wider than it must be; notes what it gave."""
+
+    def encode_rows(rows):
+        first, turn = 0, itertools.cycle(sizes)
+        while first < len(rows):
+            part = rows[first : first + next(turn)]
+            asked.append(part)
+            first += len(part)
+            piece = vectors.rows(part)
+            width = int(piece.keep_NxP.sum(1).max())  # tokens that are kept come first
+            yield TokenVectors(piece.vectors_NxPxC[:, :width], piece.keep_NxP[:, :width])
+
+    return encode_rows
+
+
+def streamed(encode_rows, passages, q, **changes):
+    return build_index_streamed(
+        encode_rows,
+        passages,
+        CFG.model_copy(update=changes),
+        model_fingerprint="model-a",
+        corpus_fingerprint="corpus-a",
+        sample_q_NxQxC=q,
+        recall_at=(5,),
+    )
+
+
+@pytest.mark.parametrize("kind, sampled", [("exact", 0), ("scann", 60), ("scann", 300)])
+def test_every_passage_is_encoded_once(monkeypatch, kind, sampled):
+    """Those that code and directions are learned from first; the index is that of a corpus in memory."""
+    monkeypatch.setattr(build_module, "SAMPLE_PASSAGES", sampled)
+    monkeypatch.setattr(build_module, "BATCH", 37)
+    vectors, q = clustered(300, 20)
+    asked = []
+    index = streamed(in_pieces(vectors, asked), 300, q, kind=kind, bits=4)
+    order = np.concatenate(asked)
+    np.testing.assert_array_equal(np.sort(order), np.arange(300))
+    np.testing.assert_array_equal(order[:sampled], sample_rows(300, 0)[:sampled])
+    want = build(vectors, q, kind, bits=4)
+    np.testing.assert_array_equal(index.search(q, 5)[0], want.search(q, 5)[0])
+    np.testing.assert_allclose(index.search(q, 5)[1], want.search(q, 5)[1], rtol=1e-5)
+
+
+def test_no_more_than_a_block_is_encoded_ahead(monkeypatch):
+    monkeypatch.setattr(build_module, "BATCH", 20)
+    vectors, _ = clustered(300, 1)
+    asked, rows = [], np.arange(3, 300, 9)
+    blocks = build_module._blocks(in_pieces(vectors, asked), 300, rows, vectors.rows(rows))
+    for number, block in enumerate(blocks, 1):
+        wanted = vectors.rows(slice(20 * (number - 1), 20 * number))
+        width = block.keep_NxP.shape[1]
+        np.testing.assert_array_equal(block.keep_NxP, wanted.keep_NxP[:, :width])
+        assert (block.vectors_NxPxC == wanted.vectors_NxPxC[:, :width])[block.keep_NxP].all()
+        assert sum(map(len, asked)) < 20 * number + 12, "a piece more than the blocks so far, at most"
+    assert number == 15
+
+
+@pytest.mark.parametrize("kind", ["exact", "scann"])
+def test_another_number_of_passages_than_asked_for_is_refused(kind):
+    vectors, q = clustered(50, 4)
+    for wrong, said in (
+        (slice(0, -2), "only 49 passages came of 50"),
+        (slice(0, 51), "more passages came than the 50"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            streamed(lambda rows, wrong=wrong: [vectors.rows(np.append(rows, 0)[wrong])], 50, q, kind=kind)
 
 
 def test_a_wrong_count_of_passages_is_refused():

@@ -14,7 +14,7 @@ import pytest
 from processes import Job
 from runs import tiny_config
 
-from jmlr_jax import pipeline
+from jmlr_jax import cli, pipeline
 from jmlr_jax import run as run_module
 from jmlr_jax.config_io import save_resolved
 from jmlr_jax.data.batches import Prepared
@@ -101,6 +101,26 @@ def test_each_process_indexed_its_share_of_the_corpus(two):
         total = len(Prepared.open(two / "seed_0" / "data").passages)
         assert sum(card["passages"] for card in cards) == total and abs(cards[0]["passages"] * 2 - total) <= 1
         assert cards[0]["corpus_fingerprint"] != cards[1]["corpus_fingerprint"]
+
+
+def test_any_number_of_processes_can_ask_their_index(one, two, cache, tmp_path, capsys, monkeypatch):
+    """Two processes ask the shares of two, one asks both, and one asks the whole index of one process."""
+    question = Prepared.open(one / "seed_0" / "data").questions("test")[0].question
+
+    def words(root, name):
+        run, found = str(root / "seed_0"), str(tmp_path / name)
+        return "search", question, "--run-dir", run, "--k", "7", "--hybrid", "--trec", found
+
+    with Job(tmp_path, cache, 2, *words(two, "by two")) as job:
+        job.succeeds()
+    first, second = job.last_words()
+    assert "\n7. " in first and "\n7. " not in second, "process 0 speaks for all"
+    over(monkeypatch, 2)
+    for root, name in ((two, "by one"), (one, "whole")):
+        assert cli.main(words(root, name)) == 0
+        assert capsys.readouterr().out in first
+    by_two, by_one, whole = ((tmp_path / name).read_text() for name in ("by two", "by one", "whole"))
+    assert by_two == by_one == whole and by_two.count("\n") == 7
 
 
 def test_their_evaluation_and_report_are_those_of_one_process(one, two):

@@ -72,7 +72,7 @@ def test_saved_indexes_are_opened_and_not_built_again(finished, patch):
     assert {p.name for p in (finished / "seed_0" / "index").iterdir()} == {"initial", "jmlr", "separate_retriever"}
     cfg = tiny_config(finished / "seed_0", train=SHORT)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(tables, "encode_corpus", lambda *a, **k: pytest.fail("built again"))
+        monkeypatch.setattr(tables, "encode_passages_batched", lambda *a, **k: pytest.fail("built again"))
         run = Run.open(cfg)
         index = tables.retriever_index(run, pipeline.retriever_of(run, "jmlr"))
     assert index.card.passages == len(run.prepared.passages)
@@ -81,7 +81,7 @@ def test_saved_indexes_are_opened_and_not_built_again(finished, patch):
 def test_a_second_call_trains_and_builds_nothing(finished, patch):
     before = json.loads((finished / "report.json").read_text())
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(tables, "encode_corpus", lambda *a, **k: pytest.fail("built again"))
+        monkeypatch.setattr(tables, "encode_passages_batched", lambda *a, **k: pytest.fail("built again"))
         monkeypatch.setattr(train, "_train", lambda *a: pytest.fail("trained again"))
         pipeline.run_all(tiny_config(finished, train=SHORT), seeds=1)
     after = json.loads((finished / "report.json").read_text())

@@ -74,17 +74,16 @@ def test_the_answer_makes_lexical_search_find_the_gold_passage(run):
 def test_the_mixture_has_its_shares_and_is_reproducible(run, retriever, mesh, tmp_path):
     candidates = refreshed(run, tmp_path / "a", retriever)
     mix = run.cfg.train.mix
-    retrieved = fixed_table(run, "retriever", "train", mix.index, retriever)[ROWS]
-    lexical = bm25_table(run, "train", 8)[ROWS]
-    for row, found, words in zip(
-        candidates.train_NxK[ROWS].tolist(), retrieved.tolist(), lexical.tolist(), strict=True
-    ):
-        assert len(set(row)) == 4 and -1 not in row
-        assert set(found) <= set(row)
-        # The best lexical passage that retrieval has not taken already.
-        assert next(p for p in words if p not in found) in row
+    assert candidates.dev_nxK.shape == (4, 4) and run.dev_rows.tolist() != [0, 1, 2, 3]
+    for split, rows, table in (("train", ROWS, candidates.train_NxK[ROWS]), ("dev", run.dev_rows, candidates.dev_nxK)):
+        retrieved = fixed_table(run, "retriever", split, mix.index, retriever)[rows]
+        lexical = bm25_table(run, split, 8)[rows]
+        for row, found, words in zip(table.tolist(), retrieved.tolist(), lexical.tolist(), strict=True):
+            assert len(set(row)) == 4 and -1 not in row
+            assert set(found) <= set(row), split
+            # The best lexical passage that retrieval has not taken already.
+            assert next(p for p in words if p not in found) in row, split
     assert (candidates.train_NxK[len(ROWS) :] == -1).all()
-    assert candidates.dev_nxK.shape == (4, 4)
     again = refreshed(run, tmp_path / "b", retriever)
     np.testing.assert_array_equal(candidates.train_NxK, again.train_NxK)
     later = refreshed(run, tmp_path / "c", retriever, step=4)

@@ -1,6 +1,7 @@
 """The loop: what each phase trains and starts from, when it stops, which checkpoint it ends with."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -101,6 +102,29 @@ def test_a_phase_whose_start_is_missing_names_it(run):
 def test_chains():
     assert [p.name for p in chain("separate", warmup=False)] == ["separate_retriever", "separate"]
     assert [p.name for p in chain("jmlr", warmup=True)] == ["warmup", "jmlr"]
+
+
+def test_the_dev_loss_is_of_the_drawn_questions_each_once(tiny_data, tmp_path, monkeypatch):
+    one_device(monkeypatch)
+    run = open_run(tiny_data, tmp_path, train={"dev_questions": 5})
+    read = []
+
+    def assembled(prepared, split, rows, table):
+        read.append((split, rows, table))
+        return {"loss": rows.astype(float)}
+
+    monkeypatch.setattr(module, "assemble", assembled)
+    monkeypatch.setattr(module, "place_batch", lambda mesh, batch, held, size: batch)
+    loop = SimpleNamespace(
+        candidates=None,
+        dev_table=run.dev_rows[:, None],
+        state={"params": None},
+        frozen=None,
+        dev=lambda params, frozen, batch: batch["loss"],
+    )
+    assert module._dev_loss(run, loop) == run.dev_rows.mean() and run.dev_rows.tolist() != list(range(5))
+    for split, rows, table in read:
+        assert split == "dev" and table[:, 0].tolist() == rows.tolist()
 
 
 def test_the_best_checkpoint_by_dev_loss_gives_the_final_weights(tiny_data, tmp_path, monkeypatch):

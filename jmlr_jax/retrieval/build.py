@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from jmlr_jax.retrieval.exact import ExactIndex, ExactSearch
 from jmlr_jax.retrieval.scann import SAMPLE_PASSAGES, ScannIndex, build_part
 from jmlr_jax.retrieval.store import DIGEST_BYTES, Card, Index, IndexUnusable
 from jmlr_jax.retrieval.tune import Curve, share_found, tune
-from jmlr_jax.retrieval.vectors import TokenVectors, drawn_rows
+from jmlr_jax.retrieval.vectors import EncodeRows, TokenVectors, drawn_rows
 
 
 def build_index(
@@ -28,10 +28,9 @@ def build_index(
     seed: int = 0,
     digests_Nx16: np.ndarray | None = None,
 ) -> Index:
-    """An index of a corpus that is held in memory; see :func:`build_index_of_pieces`."""
-    return build_index_of_pieces(
-        (vectors.rows(slice(first, first + BATCH)) for first in range(0, len(vectors), BATCH)),
-        vectors.rows(sample_rows(len(vectors), seed)),
+    """An index of a corpus that is held in memory; see :func:`build_index_streamed`."""
+    return build_index_streamed(
+        lambda rows: (vectors.rows(rows[first : first + BATCH]) for first in range(0, len(rows), BATCH)),
         len(vectors),
         cfg,
         model_fingerprint=model_fingerprint,
@@ -44,13 +43,12 @@ def build_index(
 
 
 def sample_rows(passages: int, seed: int) -> np.ndarray:
-    """Rows of the passages from which the token code is learned, in order, int64."""
+    """Rows of the passages from which code and directions are learned, in order, int64."""
     return drawn_rows(passages, SAMPLE_PASSAGES, seed)
 
 
-def build_index_of_pieces(
-    pieces: Iterable[TokenVectors],
-    sample: TokenVectors,
+def build_index_streamed(
+    encode_rows: EncodeRows,
     passages: int,
     cfg: IndexConfig,
     *,
@@ -63,13 +61,13 @@ def build_index_of_pieces(
 ) -> Index:
     """Builds the index that ``cfg.kind`` names ("auto": exact below ``cfg.exact_below`` passages); tunes, measures it.
 
-    Only one piece at a time is held uncoded, unless the index is an exact one. The exact oracle sees each piece as it
-    passes.
+    Every passage is encoded once: first those that code and directions are learned from, then the others as they pass.
+    Beside these no more than a block is held uncoded, unless the index is an exact one. The exact oracle sees each
+    block as it passes.
 
     Args:
-      pieces: encoded passages in corpus order.
-      sample: passages drawn from the whole corpus (:func:`sample_rows`).
-      passages: how many the pieces hold in all.
+      encode_rows: gives the vectors of any passages.
+      passages: how many there are.
       cfg: kind, encoding, code, target.
       model_fingerprint: of the retriever that made the vectors (:func:`jmlr_jax.retrieval.store.params_fingerprint`).
       corpus_fingerprint: of the tokenised corpus.
@@ -80,7 +78,7 @@ def build_index_of_pieces(
         cannot be updated.
 
     Raises:
-      ValueError: the pieces hold another number of passages.
+      ValueError: another number of passages came than was asked for.
     """
     start = time.perf_counter()
     curve: Curve | None = None
@@ -89,22 +87,25 @@ def build_index_of_pieces(
     sample_q_NxQxC = sample_q_NxQxC[: cfg.oracle_queries]
     oracle_seconds = 0.0
     if kind == "exact":
-        searcher: ExactIndex | ScannIndex = ExactIndex(_joined(pieces))
+        searcher: ExactIndex | ScannIndex = ExactIndex(_joined(encode_rows(np.arange(passages)), passages))
         seconds = time.perf_counter() - start
     else:
         asked = len(sample_q_NxQxC) > 0 and len(recall_at) > 0
         oracle = ExactSearch(sample_q_NxQxC, min(max(recall_at), passages)) if asked else None
 
+        sampled = sample_rows(passages, seed)
+        sample = _joined(encode_rows(sampled), len(sampled))
+
         def watched() -> Iterator[TokenVectors]:
             nonlocal oracle_seconds
             first = 0
-            for piece in pieces:
+            for block in _blocks(encode_rows, passages, sampled, sample):
                 if oracle is not None:
                     began = time.perf_counter()
-                    oracle.add(piece, first)
+                    oracle.add(block, first)
                     oracle_seconds += time.perf_counter() - began
-                first += len(piece)
-                yield piece
+                first += len(block)
+                yield block
 
         index = ScannIndex.build(watched(), sample, passages, cfg, seed)
         seconds = time.perf_counter() - start - oracle_seconds
@@ -114,15 +115,13 @@ def build_index_of_pieces(
             got_NxK, _ = index.search(sample_q_NxQxC, exact_NxK.shape[1])
             recall = {str(k): share_found(exact_NxK[:, :k], got_NxK[:, :k]) for k in recall_at}
         searcher = index
-    if len(searcher) != passages:
-        raise ValueError(f"{len(searcher)} passages came for an index of {passages}")
     card = Card(
         kind=searcher.kind,
         model_fingerprint=model_fingerprint,
         corpus_fingerprint=corpus_fingerprint,
         passages=passages,
         entries=passages,
-        dim=sample.vectors_NxPxC.shape[-1],
+        dim=searcher.dim,
         bits=16 if isinstance(searcher, ExactIndex) else cfg.bits,
         hits=searcher.hits if isinstance(searcher, ScannIndex) else passages,
         leaves=searcher.leaves if isinstance(searcher, ScannIndex) else None,
@@ -138,7 +137,7 @@ def build_index_of_pieces(
 def update_index(
     index: Index,
     digests_Nx16: np.ndarray,
-    encode_rows: Callable[[np.ndarray], Iterable[TokenVectors]],
+    encode_rows: EncodeRows,
     *,
     corpus_fingerprint: str,
 ) -> Index:
@@ -151,7 +150,7 @@ def update_index(
     Args:
       index: of the same retriever over an earlier corpus.
       digests_Nx16: uint8, of every passage of the new corpus, in its order.
-      encode_rows: rows of the new corpus, int64 [n] -> their vectors in order, in pieces; not called for none.
+      encode_rows: gives the vectors of any rows of the new corpus; not called for none.
       corpus_fingerprint: of the new corpus.
 
     Raises:
@@ -169,8 +168,8 @@ def update_index(
     digests_Ex16 = np.concatenate([index.digests_Ex16, digests_Nx16[rows]])
     old = index.searcher
     if isinstance(old, ExactIndex):
-        fresh = [_joined(encode_rows(rows))] if len(rows) else []
-        everything = _joined([old.vectors, *fresh])
+        fresh = [_joined(encode_rows(rows), len(rows))] if len(rows) else []
+        everything = _joined([old.vectors, *fresh], len(old) + len(rows))
         new: ExactIndex | ScannIndex = ExactIndex(everything.rows(entry_N))
         digests_Ex16, entries, index = digests_Nx16, len(entry_N), Index(new, index.card)
     else:
@@ -223,13 +222,63 @@ def match_entries(stored_Ex16: np.ndarray, wanted_Nx16: np.ndarray) -> tuple[np.
     return entry_N, np.array(rows, np.int64)
 
 
-def _joined(pieces: Iterable[TokenVectors]) -> TokenVectors:
-    """All pieces as one, widened to the longest."""
-    found = list(pieces)
-    if len(found) == 1:
-        return found[0]
-    width = max(piece.keep_NxP.shape[1] for piece in found)
-    pads = [(0, width - piece.keep_NxP.shape[1]) for piece in found]
-    vectors = [np.pad(x.vectors_NxPxC, ((0, 0), pad, (0, 0))) for x, pad in zip(found, pads, strict=True)]
-    keep = [np.pad(x.keep_NxP, ((0, 0), pad)) for x, pad in zip(found, pads, strict=True)]
-    return TokenVectors(np.concatenate(vectors), np.concatenate(keep))
+def _blocks(
+    encode_rows: EncodeRows, passages: int, sampled: np.ndarray, sample: TokenVectors
+) -> Iterator[TokenVectors]:
+    """All passages in order, BATCH at a time; those of the sample are not encoded again."""
+    known_N = np.zeros(passages, bool)
+    known_N[sampled] = True
+    parts = [known_N[first : first + BATCH] for first in range(0, passages, BATCH)]
+    sizes = [size for part in parts if (size := int((~part).sum()))]
+    groups, taken = _groups(encode_rows(np.flatnonzero(~known_N)) if sizes else (), sizes), 0
+    for known_B in parts:
+        count = int(known_B.sum())
+        halves = [sample.rows(slice(taken, taken + count))] if count else []
+        taken += count
+        if count < len(known_B):
+            halves.append(next(groups))
+        order_B = np.argsort(np.concatenate([np.flatnonzero(known_B), np.flatnonzero(~known_B)]))
+        yield _joined(halves, len(known_B)).rows(order_B)
+
+
+def _joined(pieces: Iterable[TokenVectors], count: int) -> TokenVectors:
+    """So many passages, at least one, as one."""
+    return next(_groups(pieces, [count]))
+
+
+def _groups(pieces: Iterable[TokenVectors], sizes: Sequence[int]) -> Iterator[TokenVectors]:
+    """Passages that come in pieces of any number, in groups of these numbers, each at least 1 and as wide as need be.
+
+    Raises:
+      ValueError: fewer or more passages come than the groups take.
+    """
+    source, left = iter(pieces), None
+    for number, size in enumerate(sizes):
+        made, done = None, 0
+        while done < size:
+            left = next(source, None) if left is None else left
+            if left is None:
+                came = sum(sizes[:number]) + done
+                raise ValueError(f"only {came} passages came of {sum(sizes)} that were asked for")
+            part, rest = left.rows(slice(0, size - done)), len(left) - (size - done)
+            left = left.rows(slice(size - done, None)) if rest > 0 else None
+            made = part if len(part) == size else _put(made, part, done, size)
+            done += len(part)
+        if number == len(sizes) - 1 and (left is not None or next(source, None) is not None):
+            raise ValueError(f"more passages came than the {sum(sizes)} that were asked for")
+        assert made is not None
+        yield made
+
+
+def _put(made: TokenVectors | None, part: TokenVectors, at: int, size: int) -> TokenVectors:
+    """A group of ``size`` passages (None: not begun) with a part in it from passage ``at`` on, written in place."""
+    rows, width, dim = part.vectors_NxPxC.shape
+    if made is None:
+        made = TokenVectors(np.zeros((size, width, dim), np.float16), np.zeros((size, width), np.bool_))
+    wider = width - made.keep_NxP.shape[1]
+    if wider > 0:
+        vectors = np.pad(made.vectors_NxPxC, ((0, 0), (0, wider), (0, 0)))
+        made = TokenVectors(vectors, np.pad(made.keep_NxP, ((0, 0), (0, wider))))
+    made.vectors_NxPxC[at : at + rows, :width] = part.vectors_NxPxC
+    made.keep_NxP[at : at + rows, :width] = part.keep_NxP
+    return made

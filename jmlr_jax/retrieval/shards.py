@@ -6,8 +6,6 @@ does. The collective is an all-gather over one device of each process; what it m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -19,11 +17,7 @@ from jmlr_jax.retrieval.encoding import passage_vectors, plain_encoding, reduced
 from jmlr_jax.retrieval.exact import ExactIndex
 from jmlr_jax.retrieval.scann import ScannIndex, build_part, encoding_sample, learn_code
 from jmlr_jax.retrieval.tokens import BATCHES, best_of
-from jmlr_jax.retrieval.vectors import TokenVectors, check_allowed, check_queries
-
-Encode = Callable[
-    [np.ndarray], Iterable[TokenVectors]
-]  # rows of the whole corpus -> their vectors, in order, in pieces
+from jmlr_jax.retrieval.vectors import EncodeRows, TokenVectors, check_allowed, check_queries
 
 
 def share_of(passages: int, process: int, processes: int) -> range:
@@ -55,7 +49,7 @@ class ShardedIndex:
         self.own, self.rows, self.passages = own, rows, passages
 
     @classmethod
-    def build(cls, encode: Encode, passages: int, cfg: IndexConfig, seed: int = 0) -> ShardedIndex:
+    def build(cls, encode: EncodeRows, passages: int, cfg: IndexConfig, seed: int = 0) -> ShardedIndex:
         """Encodes and indexes this process's share; every process must call it.
 
         All draw the same partitions from the seed. Code and directions are those of the first process, learned from a
@@ -113,7 +107,7 @@ class ShardedIndex:
             return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
         here = None if allowed_N is None else allowed_N[self.rows.start : self.rows.stop]
         if isinstance(self.own, ExactIndex):
-            return best_of(*_gathered(*self._placed(*self.own.search(q_NxQxC, k, here))), k)
+            return best_of(*gathered(*self._placed(*self.own.search(q_NxQxC, k, here))), k)
         rows, scores = [], []
         for first in range(0, len(q_NxQxC), BATCHES[-1]):
             q = q_NxQxC[first : first + BATCHES[-1]]
@@ -122,17 +116,17 @@ class ShardedIndex:
             short = hits - row_NxH.shape[1]  # every process gathers arrays of one shape
             row_NxH = np.pad(row_NxH, ((0, 0), (0, short)), constant_values=-1)
             product_NxH = np.pad(product_NxH, ((0, 0), (0, short)), constant_values=-np.inf)
-            kept, _ = best_of(*_gathered(*self._placed(row_NxH, product_NxH)), hits)
+            kept, _ = best_of(*gathered(*self._placed(row_NxH, product_NxH)), hits)
             mine = (kept >= self.rows.start) & (kept < self.rows.stop)
             own_NxH = np.where(mine, kept - self.rows.start, -1)
             fewer = self.own.kept(hits, k)
             if fewer < hits:
                 rough = self._placed(*best_of(own_NxH, self.own.rough_score(q, own_NxH), fewer))
-                kept, _ = best_of(*_gathered(*rough), fewer)
+                kept, _ = best_of(*gathered(*rough), fewer)
                 mine = (kept >= self.rows.start) & (kept < self.rows.stop)
                 own_NxH = np.where(mine, kept - self.rows.start, -1)
             row, score = self._placed(*best_of(own_NxH, self.own.score(q, own_NxH), k))
-            row, score = best_of(*_gathered(row, score), k)
+            row, score = best_of(*gathered(row, score), k)
             rows.append(row)
             scores.append(score)
         return np.concatenate(rows), np.concatenate(scores)
@@ -142,7 +136,7 @@ class ShardedIndex:
         return np.where(row >= 0, row + self.rows.start, -1).astype(np.int32), score.astype(np.float32)
 
 
-def _gathered(row_NxK: np.ndarray, score_NxK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def gathered(row_NxK: np.ndarray, score_NxK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The arrays of all processes side by side, [N, processes * K], in every process."""
     row, score = _all(row_NxK), _all(score_NxK)
     return tuple(np.concatenate(list(x), axis=1) for x in (row, score))  # type: ignore[return-value]

@@ -56,9 +56,10 @@ class Card(BaseModel):
     """What an index holds, of which model and corpus, and how good it is.
 
     ``recall`` maps K (as text) to the mean share of the exact oracle's K best passages that the index returned when it
-    was built, over ``oracle_queries`` questions; empty for an exact index, which is its own oracle. ``entries`` counts
-    what is stored: more than ``passages`` once updates have left some behind. ``sha256`` is of the rest of the card as
-    it was written: a flipped bit in the number of hits would give worse answers in silence.
+    was built, over ``oracle_queries`` questions; empty for an exact index, which is its own oracle. ``build_seconds``
+    has the encoding of the passages in it, but neither oracle nor tuning. ``entries`` counts what is stored: more than
+    ``passages`` once updates have left some behind. ``sha256`` is of the rest of the card as it was written: a flipped
+    bit in the number of hits would give worse answers in silence.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -208,7 +209,16 @@ def _card_text(directory: Path) -> str:
         raise IndexUnusable(f"{path}: not a readable index card ({error}); build the index again") from None
 
 
-def _open(directory: Path, text: str, model_fingerprint: str, corpus_fingerprint: str | None) -> Index:
+def read_card(directory: Path, model_fingerprint: str, corpus_fingerprint: str | None) -> Card:
+    """The card of the index of a directory, without a look at what it names; arguments as for :func:`open_index`.
+
+    Raises:
+      IndexUnusable: there is no card, it was changed, or it is of another model or corpus.
+    """
+    return _checked(directory, _card_text(directory), model_fingerprint, corpus_fingerprint)
+
+
+def _checked(directory: Path, text: str, model_fingerprint: str, corpus_fingerprint: str | None) -> Card:
     path = directory / "card.json"
     try:
         card = Card.model_validate_json(text)
@@ -224,6 +234,11 @@ def _open(directory: Path, text: str, model_fingerprint: str, corpus_fingerprint
             raise IndexUnusable(
                 f"{path}: built with another {what} ({have[:12]}, now {want[:12]}); build the index again"
             )
+    return card
+
+
+def _open(directory: Path, text: str, model_fingerprint: str, corpus_fingerprint: str | None) -> Index:
+    card = _checked(directory, text, model_fingerprint, corpus_fingerprint)
     for folder in (*card.parts, card.state):
         _verify(directory, folder)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +37,10 @@ class TokenVectors:
     def rows(self, which: slice | np.ndarray) -> TokenVectors:
         """Some of the passages; a slice shares memory."""
         return TokenVectors(self.vectors_NxPxC[which], self.keep_NxP[which])
+
+
+# Rows of a corpus, int64 [n] and in any order -> their vectors in that order, in pieces.
+EncodeRows = Callable[[np.ndarray], Iterable[TokenVectors]]
 
 
 class Searcher(Protocol):

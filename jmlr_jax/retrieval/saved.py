@@ -1,0 +1,105 @@
+"""A saved index asked as one, in however many shares it was built and by however many processes it is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jmlr_jax.distributed import from_first, gather
+from jmlr_jax.retrieval.shards import gathered, share_of
+from jmlr_jax.retrieval.store import Index, IndexUnusable, open_index, read_card
+from jmlr_jax.retrieval.tokens import best_of
+
+
+def share_folder(folder: Path, number: int, count: int) -> Path:
+    """Where one of ``count`` shares of the index of ``folder`` lies; a whole index is its only share.
+
+    >>> share_folder(Path("initial"), 1, 4).as_posix(), share_folder(Path("initial"), 0, 1).as_posix()
+    ('initial/share_1_of_4', 'initial')
+    """
+    return folder if count == 1 else folder / f"share_{number}_of_{count}"
+
+
+def share_fingerprint(corpus_fingerprint: str, rows: range, passages: int) -> str:
+    """Of a part of a corpus; of all of it, the corpus's own."""
+    return corpus_fingerprint if len(rows) == passages else f"{corpus_fingerprint} rows {rows.start} to {rows.stop}"
+
+
+class SavedIndex:
+    """The shares of a saved index that this process holds: every one of so many, so that all are held by some process.
+
+    Attributes:
+      held: rows of the corpus and the index over them.
+      passages: of the whole corpus.
+    """
+
+    def __init__(self, held: list[tuple[range, Index]], passages: int):
+        self.held, self.passages = held, passages
+
+    @classmethod
+    def open(cls, folder: Path, model_fingerprint: str, corpus_fingerprint: str, passages: int) -> SavedIndex:
+        """Opens the index of this retriever and corpus, whole or in shares; every process must call it.
+
+        Args:
+          folder: holds ``card.json``, or ``share_I_of_N/`` for every I.
+          model_fingerprint, corpus_fingerprint: see :func:`jmlr_jax.retrieval.store.open_index`.
+          passages: of the corpus.
+
+        Raises:
+          IndexUnusable: there is none, or a file of it is missing, changed or unknown.
+          DistributedError: process 0 found none.
+        """
+
+        def share(number: int, count: int) -> tuple[range, Path, str]:
+            rows = share_of(passages, number, count)
+            return rows, share_folder(folder, number, count), share_fingerprint(corpus_fingerprint, rows, passages)
+
+        def found() -> int:
+            """The number of shares that are all there and of this retriever and corpus."""
+            problem: IndexUnusable | None = None
+            for count in _counts(folder, passages):
+                try:
+                    for number in range(count):
+                        _, home, corpus = share(number, count)
+                        read_card(home, model_fingerprint, corpus)
+                    return count
+                except IndexUnusable as error:
+                    problem = error
+            assert problem is not None
+            raise problem
+
+        count, held, said = from_first(found), [], ""
+        try:
+            for number in range(jax.process_index(), count, jax.process_count()):
+                rows, home, corpus = share(number, count)
+                held.append((rows, open_index(home, model_fingerprint, corpus)))
+        except IndexUnusable as error:
+            said = str(error)
+        if problems := [each for each in gather(said) if each]:  # told by all, so that none waits for another
+            raise IndexUnusable(problems[0])
+        return cls(held, passages)
+
+    def __len__(self) -> int:
+        return self.passages
+
+    def search(self, q_NxQxC: np.ndarray, k: int, allowed_N: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """See :class:`jmlr_jax.retrieval.vectors.Searcher`; the same in every process, each of which must call it.
+
+        Each share gives its own best, so that no fewer hits are scored than in one index over everything.
+        """
+        # Of no share: a process beyond their number has something to gather too.
+        row, score = [np.full((len(q_NxQxC), k), -1, np.int32)], [np.full((len(q_NxQxC), k), -np.inf, np.float32)]
+        for rows, index in self.held:
+            own, of = index.search(q_NxQxC, k, None if allowed_N is None else allowed_N[rows.start : rows.stop])
+            row.append(np.where(own >= 0, own + rows.start, -1).astype(np.int32))
+            score.append(of)
+        best = best_of(np.concatenate(row, axis=1), np.concatenate(score, axis=1), k)
+        return best if jax.process_count() == 1 else best_of(*gathered(*best), k)
+
+
+def _counts(folder: Path, passages: int) -> list[int]:
+    """Numbers of shares to look for: the whole index first, then those of which there is a folder."""
+    named = (path.parent.name.rpartition("_of_")[2] for path in folder.glob("share_*_of_*/card.json"))
+    return [1, *sorted({int(name) for name in named if name.isdecimal() and 1 < int(name) <= passages})]

@@ -1,0 +1,100 @@
+"""An index saved in shares is asked as one."""
+
+import doctest
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from indexes import build, clustered
+
+from jmlr_jax.retrieval import saved as module
+from jmlr_jax.retrieval.saved import SavedIndex, share_fingerprint, share_folder
+from jmlr_jax.retrieval.shards import share_of
+from jmlr_jax.retrieval.store import IndexUnusable
+
+PASSAGES, K = 83, 7
+MINE = "model-a", "corpus-a", PASSAGES
+VECTORS, Q = clustered(PASSAGES, 20)
+
+
+def save(folder, count, kind="exact"):
+    for number in range(count):
+        rows = share_of(PASSAGES, number, count)
+        index = build(VECTORS.rows(slice(rows.start, rows.stop)), Q, kind, rerank=PASSAGES)
+        fingerprint = share_fingerprint("corpus-a", rows, PASSAGES)
+        index.card = index.card.model_copy(update={"corpus_fingerprint": fingerprint})
+        index.save(share_folder(folder, number, count))
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return build(VECTORS, Q, "exact")
+
+
+@pytest.fixture
+def three(tmp_path):
+    save(tmp_path, 3)
+    return tmp_path
+
+
+def test_docstrings():
+    assert doctest.testmod(module) == (0, 1)
+
+
+@pytest.mark.parametrize("kind", ["exact", "scann"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_shares_answer_as_the_whole(whole, tmp_path, kind, count):
+    """Of ScaNN too, where it scores every passage."""
+    save(tmp_path, count, kind)
+    index = SavedIndex.open(tmp_path, *MINE)
+    assert len(index) == PASSAGES and len(index.held) == count
+    allowed = np.arange(PASSAGES) % 5 == 2
+    for mask, k in ((None, K), (allowed, K), (allowed, PASSAGES)):
+        (rows, scores), (want_rows, want) = index.search(Q, k, mask), whole.search(Q, k, mask)
+        np.testing.assert_array_equal(rows, want_rows)
+        np.testing.assert_allclose(scores, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_every_share_is_held_by_one_process(whole, three, monkeypatch, processes):
+    """Fewer processes than shares, and more; what they would exchange is put together here."""
+    found = []
+    monkeypatch.setattr(module, "gathered", lambda row, score: (row, score))
+    monkeypatch.setattr(module, "from_first", lambda act: act())
+    monkeypatch.setattr(module, "gather", lambda said: [said])
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    for process in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        found.append(SavedIndex.open(three, *MINE).search(Q, K))
+    row, score = (np.concatenate(list(x), axis=1) for x in zip(*found, strict=True))
+    np.testing.assert_array_equal(module.best_of(row, score, K)[0], whole.search(Q, K)[0])
+
+
+def test_the_layout_that_fits_is_taken(whole, three):
+    """Beside shares of another build there may be a whole index, or shares of another number, of the right one."""
+    for number in range(2):
+        shutil.copytree(three / "share_0_of_3", three / f"share_{number}_of_2")
+    (three / "share_0_of_4").mkdir()
+    (three / "share_x_of_y").mkdir()
+    assert len(SavedIndex.open(three, *MINE).held) == 3
+    whole.save(three)
+    assert len(SavedIndex.open(three, *MINE).held) == 1
+
+
+def test_what_cannot_be_used_is_named(three, tmp_path):
+    with pytest.raises(IndexUnusable, match="nowhere: no index here"):
+        SavedIndex.open(tmp_path / "nowhere", *MINE)
+    with pytest.raises(IndexUnusable, match="share_0_of_3.*another retriever"):
+        SavedIndex.open(three, "model-b", "corpus-a", PASSAGES)
+    with pytest.raises(IndexUnusable, match="share_0_of_3.*another corpus"):
+        SavedIndex.open(three, "model-a", "corpus-b", PASSAGES)
+    with pytest.raises(IndexUnusable, match="share_0_of_3.*another corpus"):
+        SavedIndex.open(three, "model-a", "corpus-a", PASSAGES + 1)
+    file = next((three / "share_1_of_3").glob("data-*/keep.npy"))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(IndexUnusable, match="share_1_of_3.*bytes"):
+        SavedIndex.open(three, *MINE)
+    shutil.rmtree(three / "share_2_of_3")
+    with pytest.raises(IndexUnusable, match="share_2_of_3: no index here"):
+        SavedIndex.open(three, *MINE)
