@@ -17,7 +17,7 @@ from jmlr_jax.config import Config
 from jmlr_jax.data.prompts import Prompts
 from jmlr_jax.data.tokenise import tokenise
 from jmlr_jax.data.tokenizers import encoder, load_tokenizer
-from jmlr_jax.distributed import is_first
+from jmlr_jax.distributed import check_same, from_first, on_first
 from jmlr_jax.encode import encode_passages_batched, encode_queries_batched
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.nn.functional import encode_passages, encode_queries
@@ -260,19 +260,32 @@ def run_search(
       trec: file to write the ranking to.
 
     Raises:
-      SearchError: see :meth:`Engine.search`; also a file of questions without ``trec``.
+      SearchError: see :meth:`Engine.search`; also a file of questions without ``trec``, and ids that a run file cannot
+        hold.
+      DistributedError: the processes were asked different things.
       IndexUnusable: there is no index to ask.
     """
-    ids, texts = read_questions(Path(asked[1:])) if asked.startswith("@") else (["1"], [asked])
     if asked.startswith("@") and trec is None:
         raise SearchError(f"{asked}: a file of questions gives a run file; say where with --trec FILE")
+    check_same("what is asked", [asked, name, k, list(sources), hybrid], "start the same command in every process")
+    ids, texts = from_first(lambda: read_questions(Path(asked[1:]))) if asked.startswith("@") else (["1"], [asked])
     engine = Engine(Run.open(cfg), name)
     rows, scores = engine.search(texts, k, sources, hybrid)
-    if not is_first():
-        return
-    if trec is not None:
-        passage_ids = [passage.id for passage in engine.run.prepared.passages]
-        write_trec(trec, ids, passage_ids, rows, scores, "hybrid" if hybrid else "maxsim")
-        Console(stderr=True).print(f"{trec}: {len(ids)} questions, {int((rows >= 0).sum())} passages")
-    if not asked.startswith("@"):
-        Console().print(shown(engine.found(texts[0], rows[0], scores[0])), soft_wrap=True)
+
+    def tell() -> None:
+        if trec is not None:
+            _write_run(engine.run, trec, ids, rows, scores, "hybrid" if hybrid else "maxsim")
+        if not asked.startswith("@"):
+            Console().print(shown(engine.found(texts[0], rows[0], scores[0])), soft_wrap=True)
+
+    on_first(tell)
+
+
+def _write_run(run: Run, trec: str, ids: list[str], rows_NxK: np.ndarray, score_NxK: np.ndarray, tag: str) -> None:
+    """The TREC run file; of the passages only those that were found are read."""
+    passage_ids = {row: run.prepared.passages[row].id for row in np.unique(rows_NxK[rows_NxK >= 0]).tolist()}
+    try:
+        write_trec(trec, ids, passage_ids, rows_NxK, score_NxK, tag)
+    except ValueError as error:
+        raise SearchError(f"--trec {trec}: {error}") from None
+    Console(stderr=True).print(f"{trec}: {len(ids)} questions, {int((rows_NxK >= 0).sum())} passages")

@@ -95,14 +95,14 @@ def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool
     with _alone(run):
         # Drawn: files are often sorted by source or kind, and an index tuned on one kind finds less for the others.
         rows = drawn_rows(len(prepared.questions("train")), cfg.index.oracle_queries, cfg.seed)
-        sample = np.concatenate(list(query_vectors(run, retriever, "train", rows)))
+        asked = np.concatenate(list(query_vectors(run, retriever, "train", rows)))
         return build_index_streamed(
             encode_rows,
             len(passages),
             cfg.index,
             model_fingerprint=model,
             corpus_fingerprint=corpus,
-            sample_q_NxQxC=sample,
+            sample_q_NxQxC=asked,
             recall_at=(cfg.train.candidates,),
             seed=cfg.seed,
             digests_Nx16=_digests(run, passages) if keep else None,

@@ -308,14 +308,21 @@ def test_no_more_than_a_block_is_encoded_ahead(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["exact", "scann"])
-def test_another_number_of_passages_than_asked_for_is_refused(kind):
+def test_another_number_of_passages_than_asked_for_is_refused(monkeypatch, kind):
     vectors, q = clustered(50, 4)
+    with pytest.raises(ValueError, match="empty corpus"):
+        streamed(lambda rows: [], 0, q, kind=kind)
     for wrong, said in (
         (slice(0, -2), "only 49 passages came of 50"),
         (slice(0, 51), "more passages came than the 50"),
     ):
         with pytest.raises(ValueError, match=said):
             streamed(lambda rows, wrong=wrong: [vectors.rows(np.append(rows, 0)[wrong])], 50, q, kind=kind)
+    if kind == "scann":  # wrong only in what is not of the sample
+        monkeypatch.setattr(build_module, "SAMPLE_PASSAGES", 20)
+        for more, said in ((-1, "only 29 passages came of 30"), (1, "more passages came than the 30")):
+            with pytest.raises(ValueError, match=said):
+                streamed(lambda rows, more=more: [vectors.rows(np.arange(len(rows) + more * (len(rows) == 30)))], 50, q)
 
 
 def test_a_wrong_count_of_passages_is_refused():

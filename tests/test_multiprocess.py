@@ -108,8 +108,7 @@ def test_any_number_of_processes_can_ask_their_index(one, two, cache, tmp_path, 
     question = Prepared.open(one / "seed_0" / "data").questions("test")[0].question
 
     def words(root, name):
-        run, found = str(root / "seed_0"), str(tmp_path / name)
-        return "search", question, "--run-dir", run, "--k", "7", "--hybrid", "--trec", found
+        return "search", question, "--run-dir", str(root / "seed_0"), "--k", "7", "--trec", str(tmp_path / name)
 
     with Job(tmp_path, cache, 2, *words(two, "by two")) as job:
         job.succeeds()
@@ -118,7 +117,8 @@ def test_any_number_of_processes_can_ask_their_index(one, two, cache, tmp_path, 
     over(monkeypatch, 2)
     for root, name in ((two, "by one"), (one, "whole")):
         assert cli.main(words(root, name)) == 0
-        assert capsys.readouterr().out in first
+        out = capsys.readouterr().out
+        assert "\n7. " in out and out in first
     by_two, by_one, whole = ((tmp_path / name).read_text() for name in ("by two", "by one", "whole"))
     assert by_two == by_one == whole and by_two.count("\n") == 7
 

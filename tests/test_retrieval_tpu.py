@@ -26,10 +26,11 @@ def compiled():
         return function.lower(*shapes, **static).compile().memory_analysis().temp_size_in_bytes / MIB
 
     # Other tests keep what they compile; what is kept of a TPU program cannot be read without a TPU.
+    kept = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     yield temporary
-    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_enable_compilation_cache", kept)
     compilation_cache.reset_cache()
 
 

@@ -49,8 +49,8 @@ def test_shares_answer_as_the_whole(whole, tmp_path, kind, count):
     save(tmp_path, count, kind)
     index = SavedIndex.open(tmp_path, *MINE)
     assert len(index) == PASSAGES and len(index.held) == count
-    allowed = np.arange(PASSAGES) % 5 == 2
-    for mask, k in ((None, K), (allowed, K), (allowed, PASSAGES)):
+    some, first = np.arange(PASSAGES) % 5 == 2, np.arange(PASSAGES) < 10  # the first: of one share alone
+    for mask, k in ((None, K), (some, K), (some, PASSAGES), (first, K)):
         (rows, scores), (want_rows, want) = index.search(Q, k, mask), whole.search(Q, k, mask)
         np.testing.assert_array_equal(rows, want_rows)
         np.testing.assert_allclose(scores, want, rtol=1e-5)
@@ -75,11 +75,28 @@ def test_the_layout_that_fits_is_taken(whole, three):
     """Beside shares of another build there may be a whole index, or shares of another number, of the right one."""
     for number in range(2):
         shutil.copytree(three / "share_0_of_3", three / f"share_{number}_of_2")
-    (three / "share_0_of_4").mkdir()
-    (three / "share_x_of_y").mkdir()
+    for name in ("share_x_of_y", "share_0_of_4", f"share_0_of_{PASSAGES + 1}"):
+        shutil.copytree(three / "share_0_of_3", three / name)
     assert len(SavedIndex.open(three, *MINE).held) == 3
     whole.save(three)
     assert len(SavedIndex.open(three, *MINE).held) == 1
+
+
+def test_a_problem_of_one_process_is_told_by_all(three, monkeypatch):
+    monkeypatch.setattr(module, "gather", lambda said: [said, "share 1 is broken"])
+    with pytest.raises(IndexUnusable, match="share 1 is broken"):
+        SavedIndex.open(three, *MINE)
+
+
+def test_questions_and_masks_of_other_forms_are_refused(three):
+    index = SavedIndex.open(three, *MINE)
+    for q, k, mask, said in (
+        (Q, K, np.ones(PASSAGES + 1, bool), "mask"),
+        (Q, 0, None, "at least one"),
+        (Q[..., :-1], K, None, "queries must be"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            index.search(q, k, mask)
 
 
 def test_what_cannot_be_used_is_named(three, tmp_path):

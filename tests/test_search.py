@@ -119,13 +119,14 @@ def test_command_line(run, patch, tmp_path, capsys):
     "asked, said",
     [
         (["@{}"], "--trec FILE"),
-        (["@{}/no"], "cannot be read"),
+        (["@{}/no", "--trec", "{}.run"], "cannot be read"),
+        (["@{}", "--trec", "{}.run"], "'q 1': a TREC run needs ids"),
         (["  "], "empty question"),
         (["x", "--arm", "jmlr"], ""),
     ],
 )
 def test_what_cannot_be_asked_is_refused(run, patch, tmp_path, capsys, asked, said):
-    (tmp_path / "q.tsv").write_text("q1\tx\n")
+    (tmp_path / "q.tsv").write_text("q 1\tx\n")
     asked = [word.format(tmp_path / "q.tsv") for word in asked]
     assert cli.main(["search", *asked, "--run-dir", str(run.directory)]) == 2
     assert said in capsys.readouterr().err

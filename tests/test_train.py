@@ -19,6 +19,7 @@ from jmlr_jax.nn.functional import encode_queries
 from jmlr_jax.pipeline import retriever_of
 from jmlr_jax.run import DataError
 from jmlr_jax.step import live_retriever
+from jmlr_jax.tables import fixed_table
 from jmlr_jax.train import TrainingStopped, phase_weights, train_phase
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -125,6 +126,15 @@ def test_the_dev_loss_is_of_the_drawn_questions_each_once(tiny_data, tmp_path, m
     assert module._dev_loss(run, loop) == run.dev_rows.mean() and run.dev_rows.tolist() != list(range(5))
     for split, rows, table in read:
         assert split == "dev" and table[:, 0].tolist() == rows.tolist()
+
+
+def test_fixed_phases_read_the_passages_of_the_drawn_questions(tiny_data, tmp_path, monkeypatch):
+    one_device(monkeypatch)
+    run = open_run(tiny_data, tmp_path, train={"dev_questions": 5, "warmup": {"steps": 0}})
+    with jax.set_mesh(run.mesh):
+        for phase, passages in (("bm25", run.cfg.train.read_passages), ("warmup", 1)):
+            loop = module._build(run, PHASES[phase], tmp_path / phase, 4, Console(quiet=True))
+            np.testing.assert_array_equal(loop.dev_table, fixed_table(run, "bm25", "dev", passages)[run.dev_rows])
 
 
 def test_the_best_checkpoint_by_dev_loss_gives_the_final_weights(tiny_data, tmp_path, monkeypatch):

@@ -62,8 +62,8 @@ def build_index_streamed(
     """Builds the index that ``cfg.kind`` names ("auto": exact below ``cfg.exact_below`` passages); tunes, measures it.
 
     Every passage is encoded once: first those that code and directions are learned from, then the others as they pass.
-    Beside these no more than a block is held uncoded, unless the index is an exact one. The exact oracle sees each
-    block as it passes.
+    Beside the sample no more than a few blocks are held uncoded, unless the index is an exact one. The exact oracle
+    sees each block as it passes.
 
     Args:
       encode_rows: gives the vectors of any passages.
@@ -78,8 +78,10 @@ def build_index_streamed(
         cannot be updated.
 
     Raises:
-      ValueError: another number of passages came than was asked for.
+      ValueError: no passages, or another number of them came than was asked for.
     """
+    if passages < 1:
+        raise ValueError("no passages: an index of an empty corpus finds nothing")
     start = time.perf_counter()
     curve: Curve | None = None
     kind = cfg.kind if cfg.kind != "auto" else ("exact" if passages < cfg.exact_below else "scann")
@@ -103,6 +105,7 @@ def build_index_streamed(
                 if oracle is not None:
                     began = time.perf_counter()
                     oracle.add(block, first)
+                    oracle.wait()  # its time would count as the build's
                     oracle_seconds += time.perf_counter() - began
                 first += len(block)
                 yield block

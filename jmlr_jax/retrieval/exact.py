@@ -94,6 +94,10 @@ class ExactSearch:
                 self._score, self._row, self._q_GxbxQxC, p_NxPxC, keep_NxP, allowed, np.int32(first_row + first)
             )
 
+    def wait(self) -> None:
+        """Until all that was added has been scored."""
+        jax.block_until_ready(self._row)
+
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows int32 [N, k], -1 where there is no further passage, and MaxSim float32 [N, k], -inf there."""
         score_NxK = np.asarray(self._score).reshape(-1, self._k)[: self._questions]

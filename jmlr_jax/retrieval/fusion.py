@@ -52,7 +52,7 @@ def reciprocal_rank(rankings: Mapping[str, np.ndarray], k: int) -> tuple[np.ndar
 def write_trec(
     path: Path | str,
     question_ids: Sequence[str],
-    passage_ids: Sequence[str],
+    passage_ids: Sequence[str] | Mapping[int, str],
     rows_NxK: np.ndarray,
     score_NxK: np.ndarray,
     tag: str,

@@ -11,6 +11,7 @@ from jmlr_jax.distributed import from_first, gather
 from jmlr_jax.retrieval.shards import gathered, share_of
 from jmlr_jax.retrieval.store import Index, IndexUnusable, open_index, read_card
 from jmlr_jax.retrieval.tokens import best_of
+from jmlr_jax.retrieval.vectors import check_allowed, check_queries
 
 
 def share_folder(folder: Path, number: int, count: int) -> Path:
@@ -75,7 +76,7 @@ class SavedIndex:
             for number in range(jax.process_index(), count, jax.process_count()):
                 rows, home, corpus = share(number, count)
                 held.append((rows, open_index(home, model_fingerprint, corpus)))
-        except IndexUnusable as error:
+        except (IndexUnusable, OSError) as error:
             said = str(error)
         if problems := [each for each in gather(said) if each]:  # told by all, so that none waits for another
             raise IndexUnusable(problems[0])
@@ -88,14 +89,22 @@ class SavedIndex:
         """See :class:`jmlr_jax.retrieval.vectors.Searcher`; the same in every process, each of which must call it.
 
         Each share gives its own best, so that no fewer hits are scored than in one index over everything.
+
+        Raises:
+          ValueError: as the index of one process does.
         """
+        # Checked here too, so that all processes refuse what only some would; each index knows its width.
+        check_queries(q_NxQxC, q_NxQxC.shape[-1], k)
+        check_allowed(allowed_N, self.passages)
         # Of no share: a process beyond their number has something to gather too.
-        row, score = [np.full((len(q_NxQxC), k), -1, np.int32)], [np.full((len(q_NxQxC), k), -np.inf, np.float32)]
+        found = [np.full((len(q_NxQxC), k), -1, np.int32)]
+        scores = [np.full((len(q_NxQxC), k), -np.inf, np.float32)]
         for rows, index in self.held:
-            own, of = index.search(q_NxQxC, k, None if allowed_N is None else allowed_N[rows.start : rows.stop])
-            row.append(np.where(own >= 0, own + rows.start, -1).astype(np.int32))
-            score.append(of)
-        best = best_of(np.concatenate(row, axis=1), np.concatenate(score, axis=1), k)
+            here = None if allowed_N is None else allowed_N[rows.start : rows.stop]
+            row_NxK, score_NxK = index.search(q_NxQxC, k, here)
+            found.append(np.where(row_NxK >= 0, row_NxK + rows.start, -1).astype(np.int32))
+            scores.append(score_NxK)
+        best = best_of(np.concatenate(found, axis=1), np.concatenate(scores, axis=1), k)
         return best if jax.process_count() == 1 else best_of(*gathered(*best), k)
 
 
