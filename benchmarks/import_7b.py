@@ -86,7 +86,7 @@ def read(folder: Path, cfg: LlamaConfig) -> dict[str, float]:
     import jax
 
     from jmlr_jax.hf.load import load_generator
-    from jmlr_jax.sharding import make_mesh
+    from jmlr_jax.parallel.sharding import make_mesh
 
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1)) if jax.device_count() > 1 else None
     jax.block_until_ready(jax.numpy.zeros(8) + 1)  # the backend is up

@@ -18,8 +18,8 @@ from typing import Any
 import jax
 
 from jmlr_jax import config_io
-from jmlr_jax.plan import make_plan
-from jmlr_jax.plan_report import to_json
+from jmlr_jax.planning.plan import make_plan
+from jmlr_jax.planning.report import to_json
 
 COLUMNS = (
     "preset",

@@ -16,7 +16,7 @@ from typing import NamedTuple, NoReturn, get_args
 from jmlr_jax import config_io
 from jmlr_jax.config import ArmName, Config, DType
 from jmlr_jax.errors import JmlrError
-from jmlr_jax.libtpu import set_flags
+from jmlr_jax.parallel.libtpu import set_flags
 
 ARMS = get_args(ArmName)
 DESCRIPTION = "Joint training of a late-interaction retriever and a language model on multiple-choice questions."
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _as_one_of_several(where: str, act: Callable[[], int]) -> int:
     """Runs a command as one process of a job; the exit status, 1 where another process seems to be lost."""
-    from jmlr_jax import distributed
+    from jmlr_jax.parallel import distributed
 
     try:
         distributed.start(where)
@@ -128,19 +128,19 @@ def _configuration(args: argparse.Namespace, overrides: list[str]) -> Config:
 
 
 def _prepare(config: Config, args: argparse.Namespace) -> None:
-    from jmlr_jax import pipeline
+    from jmlr_jax.commands import pipeline
 
     pipeline.prepare_data(config)
 
 
 def _index(config: Config, args: argparse.Namespace) -> None:
-    from jmlr_jax import pipeline
+    from jmlr_jax.commands import pipeline
 
     pipeline.index(config)
 
 
 def _search(config: Config, args: argparse.Namespace) -> None:
-    from jmlr_jax import search
+    from jmlr_jax.commands import search
 
     search.run_search(
         config, args.query, name=args.arm, k=args.k, sources=args.source, hybrid=args.hybrid, trec=args.trec
@@ -148,26 +148,26 @@ def _search(config: Config, args: argparse.Namespace) -> None:
 
 
 def _train(config: Config, args: argparse.Namespace) -> None:
-    from jmlr_jax import pipeline
+    from jmlr_jax.commands import pipeline
 
     for arm in config.eval.arms if args.arm == "all" else (args.arm,):
         pipeline.train(config, arm)
 
 
 def _eval(config: Config, args: argparse.Namespace) -> None:
-    from jmlr_jax import pipeline
+    from jmlr_jax.commands import pipeline
 
     pipeline.evaluate(config, config.eval.arms if args.arm == "all" else (args.arm,))
 
 
 def _report(config: Config, args: argparse.Namespace) -> None:
-    from jmlr_jax import pipeline
+    from jmlr_jax.commands import pipeline
 
     pipeline.write_report(config)
 
 
 def _run(config: Config, args: argparse.Namespace) -> None:
-    from jmlr_jax import pipeline
+    from jmlr_jax.commands import pipeline
 
     pipeline.run_all(config, args.seeds)
     print(config.run_dir)
@@ -183,7 +183,7 @@ def _import(config: Config, args: argparse.Namespace) -> None:
 
 
 def _export(config: Config, args: argparse.Namespace) -> None:
-    from jmlr_jax.publish import export_run
+    from jmlr_jax.commands.export import export_run
 
     export_run(config, args.dst, arm=args.arm)
     print(args.dst)
@@ -193,7 +193,7 @@ def _plan(config: Config, args: argparse.Namespace) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # what is asked is the compiler; a TPU that is there is left alone
-    from jmlr_jax import plan_report
+    from jmlr_jax.planning import report as plan_report
 
     plan_report.run(config, args.topology, args.search, args.json)
 

@@ -2,7 +2,7 @@
 
 Nothing here imports JAX, so that ``jmlr --help`` and ``jmlr print-config`` answer at once.
 Checks that need no device are validators of these classes (phase one); checks that need to know
-the devices are in :func:`jmlr_jax.sharding.make_mesh` (phase two).
+the devices are in :func:`jmlr_jax.parallel.sharding.make_mesh` (phase two).
 
 The defaults describe the embedded closed world (``jmlr_jax.data.world``) and the tiny models that
 learn to read it on a laptop; presets in ``configs/`` hold only what differs.

@@ -27,8 +27,8 @@ from jmlr_jax.data.tokenizers import (
     train_retriever_tokenizer,
 )
 from jmlr_jax.hf.export import write_colbert, write_pylate
+from jmlr_jax.method.scoring import maxsim
 from jmlr_jax.nn import functional as F
-from jmlr_jax.scoring import maxsim
 
 QUERIES = [
     "what hardens the kidney?",

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from jmlr_jax import run as run_module
 from jmlr_jax.config import Config
-from jmlr_jax.run import Run
-from jmlr_jax.sharding import make_mesh
+from jmlr_jax.parallel.sharding import make_mesh
+from jmlr_jax.run import open as run_module
+from jmlr_jax.run.open import Run
 
 TINY: dict[str, Any] = {
     "data": {"world": {"conditions": 72, "values": 12}},

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmlr_jax.config import BertConfig, EncoderLoraConfig, LlamaConfig, LoraConfig, RetrieverConfig, TrainConfig
-from jmlr_jax.lora import init_lora
+from jmlr_jax.method.step import StepSpec
 from jmlr_jax.nn import functional as F
-from jmlr_jax.step import StepSpec
+from jmlr_jax.nn.lora import init_lora
 
 V = 32
 BOS, PAD, SKIPPED = 1, 0, 3  # SKIPPED: a retriever token outside MaxSim

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmlr_jax import sharding
 from jmlr_jax.config import MeshConfig
 from jmlr_jax.nn import attention
 from jmlr_jax.nn.attention import attend, blocks, splash, visited
+from jmlr_jax.parallel import sharding
 
 
 def heads(rows: int, length: int, query: int, groups: int, width: int = 128) -> tuple[jax.Array, ...]:

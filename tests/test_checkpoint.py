@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jmlr_jax.checkpoint import DEV_LOSS, Checkpoints
+from jmlr_jax.training.checkpoint import DEV_LOSS, Checkpoints
 
 STATE = {"w": np.arange(3.0)}
 TABLES = {"train": np.zeros((1, 2), np.int32)}

@@ -29,11 +29,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     import jmlr_jax
 
     functions = {
-        "jmlr_jax.pipeline": ("prepare_data", "index", "train", "evaluate", "write_report", "run_all"),
+        "jmlr_jax.commands.pipeline": ("prepare_data", "index", "train", "evaluate", "write_report", "run_all"),
         "jmlr_jax.hf.convert": ("import_checkpoint",),
-        "jmlr_jax.publish": ("export_run",),
-        "jmlr_jax.search": ("run_search",),
-        "jmlr_jax.plan_report": ("run",),
+        "jmlr_jax.commands.export": ("export_run",),
+        "jmlr_jax.commands.search": ("run_search",),
+        "jmlr_jax.planning.report": ("run",),
     }
     for module_name, names in functions.items():
         module = types.ModuleType(module_name)
@@ -172,7 +172,7 @@ def test_errors_of_the_work_itself(
     def fail(*args: Any) -> None:
         raise raised
 
-    monkeypatch.setattr(sys.modules["jmlr_jax.pipeline"], "index", fail)
+    monkeypatch.setattr(sys.modules["jmlr_jax.commands.pipeline"], "index", fail)
     assert main(["index"]) == status
     err = capsys.readouterr().err
     assert expected in err and "Traceback" not in err
@@ -182,7 +182,7 @@ def test_a_fault_of_ours_keeps_its_traceback(calls: list[tuple[Any, ...]], monke
     def fail(*args: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(sys.modules["jmlr_jax.pipeline"], "index", fail)
+    monkeypatch.setattr(sys.modules["jmlr_jax.commands.pipeline"], "index", fail)
     with pytest.raises(ZeroDivisionError):
         main(["index"])
 

@@ -3,15 +3,13 @@
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from runs import open_run
 
-from jmlr_jax import distributed
-from jmlr_jax import run as run_module
 from jmlr_jax.cli import main
-from jmlr_jax.distributed import DistributedError, Stop, check_same, from_first, gather, on_first
-from jmlr_jax.retrieval.candidates import merged_table
+from jmlr_jax.parallel import distributed
+from jmlr_jax.parallel.distributed import DistributedError, Stop, check_same, from_first, gather, on_first
+from jmlr_jax.run import open as run_module
 
 
 @pytest.mark.parametrize(
@@ -56,7 +54,7 @@ def test_a_directory_that_one_process_does_not_see(tiny_data, tmp_path, monkeypa
 
 WATCHED = """
 import os, sys
-from jmlr_jax import distributed
+from jmlr_jax.parallel import distributed
 distributed._watch()
 {end}
 """
@@ -69,16 +67,3 @@ distributed._watch()
 def test_an_early_end_is_told_whatever_its_cause(end, spoken):
     said = subprocess.run([sys.executable, "-c", WATCHED.format(end=end)], capture_output=True, text=True).stderr
     assert ("jmlr: process 0 of 1 has ended before its work was done" in said) == spoken
-
-
-def test_tables_of_shares_merge_to_that_of_the_whole():
-    rng = np.random.default_rng(0)
-    score = rng.integers(0, 12, (5, 20)).astype(np.float32)  # with ties
-    whole = np.argsort(-score, axis=1, kind="stable")[:, :6]
-    tables, scores = [], []
-    for rows in (range(3), range(3, 11), range(11, 20)):
-        best = np.argsort(-score[:, rows], axis=1, kind="stable")[:, :6]
-        fill = ((0, 0), (0, 6 - best.shape[1]))
-        tables.append(np.pad(best + rows.start, fill, constant_values=-1))
-        scores.append(np.pad(np.take_along_axis(score[:, rows], best, axis=1), fill, constant_values=-np.inf))
-    np.testing.assert_array_equal(merged_table(np.stack(tables), np.stack(scores)), whole)

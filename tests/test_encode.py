@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jmlr_jax import encode
 from jmlr_jax.config import MeshConfig, RetrieverConfig
 from jmlr_jax.nn import functional
+from jmlr_jax.parallel.sharding import make_mesh
+from jmlr_jax.retrieval import encode
 from jmlr_jax.retrieval.vectors import TokenVectors
-from jmlr_jax.sharding import make_mesh
 
 CFG = RetrieverConfig(dim=8)
 VOCAB, PASSAGES, LENGTH = 30, 11, 6

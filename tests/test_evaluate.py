@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmlr_jax import evaluate
 from jmlr_jax.config import LlamaConfig, LoraConfig, MeshConfig
 from jmlr_jax.config_io import load
 from jmlr_jax.data.batches import Prepared
 from jmlr_jax.data.prepare import prepare
 from jmlr_jax.data.tokenizers import load_tokenizer
-from jmlr_jax.evaluate import Reader, evaluate_arm, read_prompt, summarise_rows
-from jmlr_jax.lora import bind, init_lora
-from jmlr_jax.metrics import bootstrap_interval
+from jmlr_jax.evaluation import evaluate
+from jmlr_jax.evaluation.evaluate import Reader, evaluate_arm, read_prompt, summarise_rows
+from jmlr_jax.evaluation.metrics import bootstrap_interval
+from jmlr_jax.evaluation.report import read_run, summarise
 from jmlr_jax.nn.functional import abstract_params, init_llama, llama_hidden, llama_logits, logical_axes
-from jmlr_jax.report import read_run, summarise
-from jmlr_jax.sharding import ShardingError, make_mesh, shardings
+from jmlr_jax.nn.lora import bind, init_lora
+from jmlr_jax.parallel.sharding import ShardingError, make_mesh, shardings
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 DRUGS = ("aspirin", "heparin", "warfarin", "insulin", "digoxin", "metformin", "codeine")

@@ -14,24 +14,24 @@ import pytest
 from runs import assert_same_weights, one_device, open_run, tiny_config
 from steps import LORA, adapters, batch, frozen, one, spec, weights
 
-from jmlr_jax.checkpoint import Checkpoints
 from jmlr_jax.config import Config, RopeScalingConfig, TrainConfig
 from jmlr_jax.config_io import ConfigError
 from jmlr_jax.data.batches import Prepared, assemble
 from jmlr_jax.data.leakage import filter_leaks
 from jmlr_jax.data.schema import InputError, Passage, Question
 from jmlr_jax.data.token_table import TokenTable
-from jmlr_jax.losses import RANK_LOSSES, llm_rank_loss, rank_loss
-from jmlr_jax.metrics import parse_answer
-from jmlr_jax.optim import GroupError, labels, make_optimizer, trainable_counts
-from jmlr_jax.pack import read_prompt
+from jmlr_jax.evaluation.metrics import parse_answer
+from jmlr_jax.method.losses import RANK_LOSSES, llm_rank_loss, rank_loss
+from jmlr_jax.method.prompt import read_prompt
+from jmlr_jax.method.scoring import maxsim, minmax, sample
+from jmlr_jax.method.step import init_state, joint_loss
 from jmlr_jax.retrieval.candidates import build_table
 from jmlr_jax.retrieval.exact import ExactIndex
 from jmlr_jax.retrieval.vectors import TokenVectors
-from jmlr_jax.run import Run
-from jmlr_jax.scoring import maxsim, minmax, sample
-from jmlr_jax.step import init_state, joint_loss
-from jmlr_jax.tables import Candidates
+from jmlr_jax.run.candidates import Candidates
+from jmlr_jax.run.open import Run
+from jmlr_jax.training.checkpoint import Checkpoints
+from jmlr_jax.training.optimizer import GroupError, labels, make_optimizer, trainable_counts
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

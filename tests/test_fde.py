@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from jmlr_jax.config import IndexConfig
+from jmlr_jax.method.scoring import maxsim
 from jmlr_jax.retrieval import fde
-from jmlr_jax.scoring import maxsim
 
 SMALL = IndexConfig(fde_repetitions=3, fde_simhash_bits=3, fde_projection=4, fde_final=50)
 

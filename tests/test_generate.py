@@ -14,9 +14,9 @@ import torch
 import transformers
 
 from jmlr_jax.config import LlamaConfig, LoraConfig
-from jmlr_jax.generate import generate, nucleus
-from jmlr_jax.lora import bind, init_lora, merge
 from jmlr_jax.nn import functional as F
+from jmlr_jax.nn.generate import generate, nucleus
+from jmlr_jax.nn.lora import bind, init_lora, merge
 
 V, A = 31, 8
 LENGTHS = np.array([6, 2, 4])
@@ -161,7 +161,7 @@ def test_nucleus_keeps_the_token_that_crosses_and_always_one() -> None:
 
 
 def test_worked_example() -> None:
-    ran = doctest.testmod(importlib.import_module("jmlr_jax.generate"))
+    ran = doctest.testmod(importlib.import_module("jmlr_jax.nn.generate"))
     assert ran.attempted and not ran.failed
 
 

@@ -13,13 +13,13 @@ import pytest
 from rich.console import Console
 from runs import assert_same_weights, one_device, open_run
 
-from jmlr_jax.arms import PHASES
-from jmlr_jax.checkpoint import load_weights
 from jmlr_jax.data.batches import Prepared
 from jmlr_jax.data.builders import write_questions
 from jmlr_jax.data.schema import SPLITS
 from jmlr_jax.data.token_table import TokenTable
-from jmlr_jax.train import train_phase
+from jmlr_jax.run.phases import PHASES
+from jmlr_jax.run.weights import load_weights
+from jmlr_jax.training.loop import train_phase
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

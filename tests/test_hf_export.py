@@ -17,14 +17,14 @@ from etils import epath
 
 from jmlr_jax.config import LlamaConfig, LoraConfig, MeshConfig
 from jmlr_jax.data.tokenizers import generator_ids, load_tokenizer, train_generator_tokenizer
-from jmlr_jax.generate import generate
 from jmlr_jax.hf.convert import import_checkpoint
 from jmlr_jax.hf.export import Lora, write_adapters, write_generator
 from jmlr_jax.hf.io import HFError, read_directory
 from jmlr_jax.hf.load import load_generator
-from jmlr_jax.lora import abstract_lora, bind
 from jmlr_jax.nn import functional as F
-from jmlr_jax.sharding import make_mesh
+from jmlr_jax.nn.generate import generate
+from jmlr_jax.nn.lora import abstract_lora, bind
+from jmlr_jax.parallel.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 ASKED = LlamaConfig(max_positions=16)

@@ -25,7 +25,7 @@ from jmlr_jax.hf.llama import llama_rows
 from jmlr_jax.hf.load import load_generator
 from jmlr_jax.nn import functional as F
 from jmlr_jax.nn.layers import Params
-from jmlr_jax.sharding import make_mesh
+from jmlr_jax.parallel.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 T = 20

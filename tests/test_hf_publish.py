@@ -17,17 +17,18 @@ import transformers
 import yaml
 from runs import one_device
 
-from jmlr_jax import cli, config_io, publish
-from jmlr_jax.checkpoint import load_weights, save_weights
+from jmlr_jax import cli, config_io
+from jmlr_jax.commands import export as publish
 from jmlr_jax.config import BertConfig, Config, LlamaConfig, LoraConfig
 from jmlr_jax.data.prepare import prepare
 from jmlr_jax.data.tokenizers import load_tokenizer, train_generator_tokenizer
 from jmlr_jax.errors import JmlrError
-from jmlr_jax.generate import generate
 from jmlr_jax.hf.load import load_generator, load_retriever
-from jmlr_jax.lora import bind, merge
 from jmlr_jax.nn import functional as F
-from jmlr_jax.run import Run
+from jmlr_jax.nn.generate import generate
+from jmlr_jax.nn.lora import bind, merge
+from jmlr_jax.run.open import Run
+from jmlr_jax.run.weights import load_weights, save_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 ORGANS = "kidney liver heart lung skin brain bone eye".split()  # in letters: the small tokenizers know no digits

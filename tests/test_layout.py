@@ -86,12 +86,12 @@ def test_no_long_file(file: Path) -> None:
 
 
 def test_the_step_is_short() -> None:
-    file = PACKAGE / "step.py"
+    file = PACKAGE / "method" / "step.py"
     steps = [n for n in ast.walk(_tree(file)) if isinstance(n, ast.FunctionDef) and n.name in ("step", "train_step")]
-    assert steps, "jmlr_jax/step.py: no function named step or train_step"
+    assert steps, "jmlr_jax/method/step.py: no function named step or train_step"
     for step in steps:
         lines = (step.end_lineno or 0) - step.lineno + 1
-        assert lines <= LONGEST_STEP, f"jmlr_jax/step.py:{step.lineno}: {step.name} has {lines} lines"
+        assert lines <= LONGEST_STEP, f"jmlr_jax/method/step.py:{step.lineno}: {step.name} has {lines} lines"
 
 
 @pytest.mark.parametrize("file", MODULES, ids=_name)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jmlr_jax.config import BertConfig, EncoderLoraConfig, LlamaConfig, LoraConfig, RetrieverConfig
-from jmlr_jax.lora import abstract_lora, bind, complete, init_lora, lora_axes, merge
 from jmlr_jax.nn import functional as F
 from jmlr_jax.nn.layers import TARGETS, _dropped
+from jmlr_jax.nn.lora import abstract_lora, bind, complete, init_lora, lora_axes, merge
 
 V = 40
 LLAMA = LlamaConfig(vocab_size=V, num_kv_heads=2, tie_embeddings=False)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmlr_jax import losses
-from jmlr_jax.losses import RANK_LOSSES, answer_nll, llm_rank_loss, pair_accuracy, sampling_entropy
+from jmlr_jax.method import losses
+from jmlr_jax.method.losses import RANK_LOSSES, answer_nll, llm_rank_loss, pair_accuracy, sampling_entropy
 
 B, M = 5, 6
 

@@ -23,11 +23,12 @@ import optax
 import pytest
 from steps import ENCODER_LORA, RETRIEVER, batch, frozen, spec
 
-from jmlr_jax import lora, sharding
 from jmlr_jax.config import LlamaConfig, LoraConfig, MeshConfig
+from jmlr_jax.method.step import StepSpec, init_state, make_step
 from jmlr_jax.nn import functional as F
-from jmlr_jax.optim import state_shardings
-from jmlr_jax.step import StepSpec, init_state, make_step
+from jmlr_jax.nn import lora
+from jmlr_jax.parallel import sharding
+from jmlr_jax.training.optimizer import state_shardings
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

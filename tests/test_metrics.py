@@ -5,8 +5,8 @@ import doctest
 import numpy as np
 import pytest
 
-from jmlr_jax import metrics
-from jmlr_jax.metrics import (
+from jmlr_jax.evaluation import metrics
+from jmlr_jax.evaluation.metrics import (
     bootstrap_interval,
     exact_match,
     mrr_at,

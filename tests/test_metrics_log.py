@@ -5,8 +5,8 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from jmlr_jax import metrics_log
-from jmlr_jax.metrics_log import MetricsLog
+from jmlr_jax.training import metrics_log
+from jmlr_jax.training.metrics_log import MetricsLog
 
 
 def open_log(folder, every=1, steps=6, step=0) -> MetricsLog:

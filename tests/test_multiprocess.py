@@ -14,11 +14,12 @@ import pytest
 from processes import Job
 from runs import tiny_config
 
-from jmlr_jax import cli, pipeline
-from jmlr_jax import run as run_module
+from jmlr_jax import cli
+from jmlr_jax.commands import pipeline
 from jmlr_jax.config_io import save_resolved
 from jmlr_jax.data.batches import Prepared
-from jmlr_jax.sharding import make_mesh
+from jmlr_jax.parallel.sharding import make_mesh
+from jmlr_jax.run import open as run_module
 
 STEPS = 20
 TRAIN = {"steps": STEPS, "refresh_steps": 5, "refresh_delay": 2, "checkpoint_steps": 4, "warmup": {"steps": 3}}

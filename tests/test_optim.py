@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from jmlr_jax import optim, sharding
 from jmlr_jax.config import MeshConfig, OptimizerConfig, TrainConfig
-from jmlr_jax.optim import GroupError, labels, make_optimizer, schedule, state_shardings, trainable_counts
+from jmlr_jax.parallel import sharding
+from jmlr_jax.training import optimizer as optim
+from jmlr_jax.training.optimizer import GroupError, labels, make_optimizer, schedule, state_shardings, trainable_counts
 
 PARAMS = {
     "retriever": {"projection": jnp.ones((4, 2)), "bert": {"word": jnp.ones(3)}},

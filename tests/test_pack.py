@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmlr_jax import pack as module
-from jmlr_jax.pack import pack, read_prompt
+from jmlr_jax.method import prompt as module
+from jmlr_jax.method.prompt import pack, read_prompt
 
 BOS, PAD = 1, 0
 # Two questions, three passages best first: tokens 10, 20, 30 stand for the first, second and third.

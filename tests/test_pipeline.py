@@ -7,9 +7,12 @@ import shutil
 import pytest
 from runs import one_device, tiny_config
 
-from jmlr_jax import pipeline, tables, train
+from jmlr_jax.commands import pipeline
 from jmlr_jax.config_io import ConfigError
-from jmlr_jax.run import Run
+from jmlr_jax.run import index as tables
+from jmlr_jax.run.open import Run
+from jmlr_jax.run.weights import retriever_of
+from jmlr_jax.training import loop as train
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -74,7 +77,7 @@ def test_saved_indexes_are_opened_and_not_built_again(finished, patch):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(tables, "encode_passages_batched", lambda *a, **k: pytest.fail("built again"))
         run = Run.open(cfg)
-        index = tables.retriever_index(run, pipeline.retriever_of(run, "jmlr"))
+        index = tables.retriever_index(run, retriever_of(run, "jmlr"))
     assert index.card.passages == len(run.prepared.passages)
 
 

@@ -13,11 +13,14 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jmlr_jax import cli, config_io, flops, hlo, libtpu, plan, plan_report
+from jmlr_jax import cli, config_io
 from jmlr_jax.config import Config, EncoderLoraConfig
-from jmlr_jax.estimate import estimate, part
-from jmlr_jax.flops import CHIPS, GIB, step_work
-from jmlr_jax.sharding import ShardingError
+from jmlr_jax.parallel import libtpu
+from jmlr_jax.parallel.sharding import ShardingError
+from jmlr_jax.planning import flops, hlo, plan
+from jmlr_jax.planning import report as plan_report
+from jmlr_jax.planning.estimate import estimate, part
+from jmlr_jax.planning.flops import CHIPS, GIB, step_work
 
 SMALL = {
     "retriever": {

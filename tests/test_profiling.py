@@ -6,7 +6,7 @@ import signal
 import jax
 import jax.numpy as jnp
 
-from jmlr_jax.profiling import STEPS, tracer
+from jmlr_jax.training.profiling import STEPS, tracer
 
 
 def test_a_signal_traces_the_next_steps(tmp_path):

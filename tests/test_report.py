@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jmlr_jax import figures
 from jmlr_jax.errors import JmlrError
-from jmlr_jax.figures import PANELS
-from jmlr_jax.metrics import bootstrap_interval
-from jmlr_jax.report import ARMS, curves_by_metric, read_run, report
+from jmlr_jax.evaluation import figures
+from jmlr_jax.evaluation.figures import PANELS
+from jmlr_jax.evaluation.metrics import bootstrap_interval
+from jmlr_jax.evaluation.report import ARMS, curves_by_metric, read_run, report
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 
@@ -170,9 +170,10 @@ def test_curves_come_from_both_files_and_the_warmup_stands_apart(tmp_path):
 
 def test_what_training_logs_has_a_panel():
     """Names are agreed on between three files; a renamed metric would vanish from the figure unnoticed."""
-    package = Path(figures.__file__).parent
+    package = Path(figures.__file__).parent.parent
     logging = "".join(
-        (package / name).read_text() for name in ("step.py", "tables.py", "metrics_log.py", "checkpoint.py")
+        (package / name).read_text()
+        for name in ("method/step.py", "run/candidates.py", "training/metrics_log.py", "training/checkpoint.py")
     )
     for metric in PANELS:
         assert f'"{metric.removeprefix("warmup/")}"' in logging, metric

@@ -13,12 +13,12 @@ from processes import environment
 from rich.console import Console
 from runs import assert_same_weights, one_device, open_run, tiny_config
 
-from jmlr_jax import train as module
-from jmlr_jax.arms import PHASES
-from jmlr_jax.checkpoint import load_weights
 from jmlr_jax.config_io import save_resolved
-from jmlr_jax.run import Run
-from jmlr_jax.train import train_phase
+from jmlr_jax.run.open import Run
+from jmlr_jax.run.phases import PHASES
+from jmlr_jax.run.weights import load_weights
+from jmlr_jax.training import loop as module
+from jmlr_jax.training.loop import train_phase
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

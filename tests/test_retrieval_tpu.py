@@ -7,7 +7,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
 from jmlr_jax.config import IndexConfig
-from jmlr_jax.plan import slice_of
+from jmlr_jax.planning.plan import slice_of
 from jmlr_jax.retrieval.code import encode_tokens, fit_code
 from jmlr_jax.retrieval.encoding import plain_encoding, query_vectors, reduced
 from jmlr_jax.retrieval.tokens import ENCODE_BATCH, TILE, Tiles, score_tokens

@@ -12,6 +12,7 @@ from jmlr_jax.retrieval import saved as module
 from jmlr_jax.retrieval.saved import SavedIndex, share_fingerprint, share_folder
 from jmlr_jax.retrieval.shards import share_of
 from jmlr_jax.retrieval.store import IndexUnusable
+from jmlr_jax.retrieval.tokens import best_of
 
 PASSAGES, K = 83, 7
 MINE = "model-a", "corpus-a", PASSAGES
@@ -60,7 +61,7 @@ def test_shares_answer_as_the_whole(whole, tmp_path, kind, count):
 def test_every_share_is_held_by_one_process(whole, three, monkeypatch, processes):
     """Fewer processes than shares, and more; what they would exchange is put together here."""
     found = []
-    monkeypatch.setattr(module, "gathered", lambda row, score: (row, score))
+    monkeypatch.setattr(module, "best_of_all", best_of)
     monkeypatch.setattr(module, "from_first", lambda act: act())
     monkeypatch.setattr(module, "gather", lambda said: [said])
     monkeypatch.setattr(jax, "process_count", lambda: processes)
@@ -68,7 +69,7 @@ def test_every_share_is_held_by_one_process(whole, three, monkeypatch, processes
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         found.append(SavedIndex.open(three, *MINE).search(Q, K))
     row, score = (np.concatenate(list(x), axis=1) for x in zip(*found, strict=True))
-    np.testing.assert_array_equal(module.best_of(row, score, K)[0], whole.search(Q, K)[0])
+    np.testing.assert_array_equal(best_of(row, score, K)[0], whole.search(Q, K)[0])
 
 
 def test_the_layout_that_fits_is_taken(whole, three):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmlr_jax import scoring
+from jmlr_jax.method import scoring
 
 
 def unit(rng, *shape):

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from runs import one_device, open_run
 
-from jmlr_jax import cli, pipeline
-from jmlr_jax import search as module
+from jmlr_jax import cli
+from jmlr_jax.commands import pipeline
+from jmlr_jax.commands import search as module
+from jmlr_jax.commands.search import Engine, SearchError, matches, read_questions, shown
 from jmlr_jax.retrieval.fusion import reciprocal_rank
 from jmlr_jax.retrieval.store import IndexUnusable
-from jmlr_jax.search import Engine, SearchError, matches, read_questions, shown
 
 
 @pytest.fixture(scope="module")

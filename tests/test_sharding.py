@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from jmlr_jax import sharding
 from jmlr_jax.config import BertConfig, LlamaConfig, LoraConfig, MeshConfig, RetrieverConfig
-from jmlr_jax.lora import abstract_lora, lora_axes
 from jmlr_jax.nn import functional as F
+from jmlr_jax.nn.lora import abstract_lora, lora_axes
+from jmlr_jax.parallel import sharding
 
 V = 32
 LLAMA = LlamaConfig(vocab_size=V, num_kv_heads=2, tie_embeddings=False)

@@ -7,13 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from indexes import CFG, build, clustered
 from sharded_search import CASES, PASSAGES, QUESTIONS, K, allowed_rows
 
 from jmlr_jax.retrieval import shards
-from jmlr_jax.retrieval.shards import ShardedIndex, share_of
+from jmlr_jax.retrieval.shards import ShardedIndex, best_of_all, share_of
+from jmlr_jax.retrieval.tokens import best_of
 
 HERE = Path(__file__).parent
 
@@ -32,6 +34,28 @@ def test_shares_cover_the_corpus_once(passages, processes):
 def test_more_processes_than_passages_are_refused():
     with pytest.raises(ValueError, match="fewer processes"):
         share_of(3, 0, 4)
+
+
+def test_the_best_of_all_processes(monkeypatch):
+    """With ties, and with different numbers of rows; what three processes would exchange is put together here."""
+    score = np.random.default_rng(0).integers(0, 12, (5, 20)).astype(np.float32)
+    want = np.argsort(-score, axis=1, kind="stable")[:, :6]
+    parts = [range(3), range(3, 11), range(11, 20)]
+    own = [(np.tile(np.array(rows), (5, 1)), score[:, rows]) for rows in parts]
+    sent = [best_of(*found, 6) for found in own]
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    for (rows, scores), given in zip(own, sent, strict=True):
+        asked = iter(zip(given, zip(*sent, strict=True), strict=True))
+
+        def exchanged(array, asked=asked):
+            mine, everyone = next(asked)
+            np.testing.assert_array_equal(array, mine)
+            return np.stack(everyone)
+
+        monkeypatch.setattr(shards, "_all", exchanged)
+        row, best = best_of_all(rows, scores, 6)
+        np.testing.assert_array_equal(row, want)
+        np.testing.assert_array_equal(best, np.take_along_axis(score, want, 1))
 
 
 @pytest.fixture(scope="module")

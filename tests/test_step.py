@@ -13,11 +13,8 @@ import optax
 import pytest
 from steps import ENCODER_LORA, LORA, RETRIEVER, M, adapters, batch, frozen, one, slow_loss, spec, weights
 
-from jmlr_jax import lora, sharding
 from jmlr_jax.config import MeshConfig
-from jmlr_jax.nn import functional as F
-from jmlr_jax.optim import make_optimizer, state_shardings
-from jmlr_jax.step import (
+from jmlr_jax.method.step import (
     StepSpec,
     answer_losses,
     choose,
@@ -28,6 +25,10 @@ from jmlr_jax.step import (
     make_step,
     passages_to_read,
 )
+from jmlr_jax.nn import functional as F
+from jmlr_jax.nn import lora
+from jmlr_jax.parallel import sharding
+from jmlr_jax.training.optimizer import make_optimizer, state_shardings
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

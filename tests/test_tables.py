@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from runs import one_device, open_run
 
-from jmlr_jax import tables as module
 from jmlr_jax.retrieval.candidates import overlap
-from jmlr_jax.tables import Candidates, bm25_table, fixed_table
+from jmlr_jax.run import candidates as module
+from jmlr_jax.run.candidates import Candidates, bm25_table, fixed_table
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,16 @@ from etils import epath
 from rich.console import Console
 from runs import assert_same_weights, one_device, open_run
 
-from jmlr_jax import train as module
-from jmlr_jax.arms import PHASES, chain
-from jmlr_jax.checkpoint import load_weights
 from jmlr_jax.hf.export import write_colbert
 from jmlr_jax.hf.load import load_retriever
+from jmlr_jax.method.step import live_retriever
 from jmlr_jax.nn.functional import encode_queries
-from jmlr_jax.pipeline import retriever_of
-from jmlr_jax.run import DataError
-from jmlr_jax.step import live_retriever
-from jmlr_jax.tables import fixed_table
-from jmlr_jax.train import TrainingStopped, phase_weights, train_phase
+from jmlr_jax.run.candidates import fixed_table
+from jmlr_jax.run.open import DataError
+from jmlr_jax.run.phases import PHASES, chain
+from jmlr_jax.run.weights import load_weights, phase_weights, retriever_of
+from jmlr_jax.training import loop as module
+from jmlr_jax.training.loop import TrainingStopped, train_phase
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

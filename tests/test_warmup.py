@@ -7,7 +7,7 @@ import pytest
 from runs import one_device, open_run
 
 from jmlr_jax.data.batches import Prepared, assemble
-from jmlr_jax.warmup import ReadingLessons, rename
+from jmlr_jax.training.warmup import ReadingLessons, rename
 
 PIECES = ("reader_ids_BxKxL", "question_ids_BxS", "answer_ids_BxA")
 ROWS = np.arange(8)
@@ -91,7 +91,7 @@ def test_the_share_of_passages_found_with_the_answer(tiny_data, tmp_path, monkey
     warmup = {"steps": 5, "distant_share": (first, last), "rename": 0.0}
     lessons = ReadingLessons(open_run(tiny_data, tmp_path, train={"warmup": warmup}))
     seen = []
-    monkeypatch.setattr("jmlr_jax.warmup.assemble", lambda _p, _s, rows, table: seen.append(table) or {})
+    monkeypatch.setattr("jmlr_jax.training.warmup.assemble", lambda _p, _s, rows, table: seen.append(table) or {})
     rows = np.arange(200)
     # Told apart: distant passages become negative numbers.
     lessons.distant = -2 - lessons.distant

@@ -43,7 +43,7 @@ def model_card(
         arm: which arm is exported.
         llama, retriever: resolved shapes of the two models.
         prepare: content of ``data/prepare.json``; may be empty.
-        results: arm -> the numbers of :func:`jmlr_jax.report.summarise`; may be empty.
+        results: arm -> the numbers of :func:`jmlr_jax.evaluation.report.summarise`; may be empty.
         chance: accuracy of guessing, if known.
         index: the index card; None if there is no index.
         folders: what the export holds: folder -> (what it is, what loads it).

@@ -24,8 +24,8 @@ from jmlr_jax.data.tokenizers import GeneratorIds
 from jmlr_jax.hf import bert, config, layouts, llama
 from jmlr_jax.hf.io import SINGLE, HFError, Tensor, write_directory, write_file, write_json
 from jmlr_jax.hf.table import Axes, Row, leaves
-from jmlr_jax.lora import merge
 from jmlr_jax.nn.layers import Params
+from jmlr_jax.nn.lora import merge
 
 SHARD_BYTES = 5_000_000_000
 _PEFT = "base_model.model."
@@ -33,7 +33,7 @@ _PEFT = "base_model.model."
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters: the tree of :func:`jmlr_jax.lora.init_lora` and the configuration it was trained with."""
+    """Adapters: the tree of :func:`jmlr_jax.nn.lora.init_lora` and the configuration it was trained with."""
 
     cfg: LoraConfig
     tree: Params

@@ -24,7 +24,7 @@ from jmlr_jax.hf.layouts import Source, check_conventions, open_retriever
 from jmlr_jax.hf.table import Axes, Row, Shape, assign, gather, leaves, nest
 from jmlr_jax.nn.functional import abstract_params, logical_axes
 from jmlr_jax.nn.layers import Params, fan_in
-from jmlr_jax.sharding import shardings
+from jmlr_jax.parallel.sharding import shardings
 
 
 def load_generator(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
-from jmlr_jax.sharding import partition_spec
+from jmlr_jax.parallel.sharding import partition_spec
 
 MASKED = -1e30  # finite: a row with no visible key gives a uniform average instead of NaN
 SAVED = "attention"  # what the remat policies of nn/layers.py may keep: outputs and log-sum-exp

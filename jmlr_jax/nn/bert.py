@@ -25,7 +25,7 @@ from jmlr_jax.nn.layers import (
     words,
     zeros,
 )
-from jmlr_jax.sharding import constrain
+from jmlr_jax.parallel.sharding import constrain
 
 HIDDEN = ("encoder_batch", "length", "hidden")
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -19,7 +19,7 @@ from jmlr_jax.nn.bert import Bert
 from jmlr_jax.nn.colbert import Colbert
 from jmlr_jax.nn.layers import Adapters, Params
 from jmlr_jax.nn.llama import Llama
-from jmlr_jax.sharding import constrain
+from jmlr_jax.parallel.sharding import constrain
 
 ModelConfig = LlamaConfig | BertConfig | RetrieverConfig
 
@@ -75,7 +75,7 @@ def llama_hidden(
     Args:
         tokens_BxT: int, right-padded; what stands in the padding does not matter.
         length_B: int, real tokens of each row.
-        adapters: from :func:`jmlr_jax.lora.bind`.
+        adapters: from :func:`jmlr_jax.nn.lora.bind`.
 
     Returns:
         Position t sees tokens 0..t (with cfg.sliding_window W: the last W of them). Zero from `length_B` on.

@@ -18,7 +18,7 @@ from flax import nnx
 
 from jmlr_jax.config import LlamaConfig, Remat
 from jmlr_jax.nn import attention
-from jmlr_jax.sharding import gather
+from jmlr_jax.parallel.sharding import gather
 
 Params = dict[str, Any]
 Initialiser = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -56,7 +56,7 @@ def residual(n_in: int, num_layers: int) -> Initialiser:
 def weight(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: Initialiser, dtype: str
 ) -> nnx.Param[jax.Array]:
-    """One weight: shape, logical axes (rules in :mod:`jmlr_jax.sharding`), initialiser and dtype, said once.
+    """One weight: shape, logical axes (rules in :mod:`jmlr_jax.parallel.sharding`), initialiser and dtype, said once.
 
     Random numbers are drawn in float32 and rounded to `dtype`, so that a narrower copy starts at the same point.
     """
@@ -136,7 +136,7 @@ INPUTS = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3, "lm_hea
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Adapters:
-    """Low-rank adapters ready for use: the weights of :mod:`jmlr_jax.lora` with what turns them into an update.
+    """Low-rank adapters ready for use: the weights of :mod:`jmlr_jax.nn.lora` with what turns them into an update.
 
     Attributes:
         tree: ``{"layers": {target: {"a", "b"}}, "lm_head": {"a", "b"}}``; inside a layer ``{target: {"a", "b"}}``.

@@ -28,7 +28,7 @@ from jmlr_jax.nn.layers import (
     weight,
     zeros,
 )
-from jmlr_jax.sharding import constrain
+from jmlr_jax.parallel.sharding import constrain
 
 HIDDEN = ("batch", "length", "hidden")
 

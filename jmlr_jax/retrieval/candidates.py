@@ -22,7 +22,7 @@ def build_table(
 
     Args:
       index: an index over the corpus.
-      query_batches: float [n, Q, C] pieces in question order, as ``jmlr_jax.encode.encode_queries_batched`` yields
+      query_batches: float [n, Q, C] pieces in question order, as ``retrieval.encode.encode_queries_batched`` yields
         them (its progress bar then covers the searches as well).
       questions: N, how many the pieces hold in all.
       k: candidates per question.
@@ -56,20 +56,6 @@ def build_table(
     if done != questions:
         raise ValueError(f"{done} encoded questions for a table of {questions} rows")
     return table_NxK, score_NxK
-
-
-def merged_table(table_SxNxK: np.ndarray, score_SxNxK: np.ndarray) -> np.ndarray:
-    """The K best passages of every question from the tables of S shares of a corpus, int32 [N, K].
-
-    Of equal scores the earlier row comes first, as in a search of the whole corpus.
-
-    >>> merged_table(np.array([[[4, 0]], [[9, -1]]]), np.array([[[0.5, 0.1]], [[0.3, -np.inf]]])).tolist()
-    [[4, 9]]
-    """
-    _, questions, k = table_SxNxK.shape
-    table, score = (np.swapaxes(x, 0, 1).reshape(questions, -1) for x in (table_SxNxK, score_SxNxK))
-    best_NxK = np.lexsort((table, -score))[:, :k]
-    return np.take_along_axis(table, best_NxK, axis=1).astype(np.int32)
 
 
 def random_table(questions: int, passages: int, k: int, seed: int) -> np.ndarray:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jmlr_jax.method.scoring import maxsim
 from jmlr_jax.retrieval.tokens import trimmed
 from jmlr_jax.retrieval.vectors import TokenVectors, check_allowed, check_queries
-from jmlr_jax.scoring import maxsim
 
 QUERY_BATCH = 8
 SIMILARITY_BYTES = 128 * 2**20  # of the float32 similarities alive at once on the device

@@ -7,10 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jmlr_jax.distributed import from_first, gather
-from jmlr_jax.retrieval.shards import gathered, share_of
+from jmlr_jax.parallel.distributed import from_first, gather
+from jmlr_jax.retrieval.shards import best_of_all, share_of
 from jmlr_jax.retrieval.store import Index, IndexUnusable, open_index, read_card
-from jmlr_jax.retrieval.tokens import best_of
 from jmlr_jax.retrieval.vectors import check_allowed, check_queries
 
 
@@ -104,8 +103,7 @@ class SavedIndex:
             row_NxK, score_NxK = index.search(q_NxQxC, k, here)
             found.append(np.where(row_NxK >= 0, row_NxK + rows.start, -1).astype(np.int32))
             scores.append(score_NxK)
-        best = best_of(np.concatenate(found, axis=1), np.concatenate(scores, axis=1), k)
-        return best if jax.process_count() == 1 else best_of(*gathered(*best), k)
+        return best_of_all(np.concatenate(found, axis=1), np.concatenate(scores, axis=1), k)
 
 
 def _counts(folder: Path, passages: int) -> list[int]:

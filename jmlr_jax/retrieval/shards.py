@@ -107,26 +107,17 @@ class ShardedIndex:
             return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
         here = None if allowed_N is None else allowed_N[self.rows.start : self.rows.stop]
         if isinstance(self.own, ExactIndex):
-            return best_of(*gathered(*self._placed(*self.own.search(q_NxQxC, k, here))), k)
+            return best_of_all(*self._placed(*self.own.search(q_NxQxC, k, here)), k)
         rows, scores = [], []
         for first in range(0, len(q_NxQxC), BATCHES[-1]):
             q = q_NxQxC[first : first + BATCHES[-1]]
             hits = min(max(self.own.hits, k), self.passages)
-            row_NxH, product_NxH = self.own.nearest(q, hits, here)
-            short = hits - row_NxH.shape[1]  # every process gathers arrays of one shape
-            row_NxH = np.pad(row_NxH, ((0, 0), (0, short)), constant_values=-1)
-            product_NxH = np.pad(product_NxH, ((0, 0), (0, short)), constant_values=-np.inf)
-            kept, _ = best_of(*gathered(*self._placed(row_NxH, product_NxH)), hits)
-            mine = (kept >= self.rows.start) & (kept < self.rows.stop)
-            own_NxH = np.where(mine, kept - self.rows.start, -1)
+            own_NxH = self._own(best_of_all(*self._placed(*self.own.nearest(q, hits, here)), hits)[0])
             fewer = self.own.kept(hits, k)
             if fewer < hits:
-                rough = self._placed(*best_of(own_NxH, self.own.rough_score(q, own_NxH), fewer))
-                kept, _ = best_of(*gathered(*rough), fewer)
-                mine = (kept >= self.rows.start) & (kept < self.rows.stop)
-                own_NxH = np.where(mine, kept - self.rows.start, -1)
-            row, score = self._placed(*best_of(own_NxH, self.own.score(q, own_NxH), k))
-            row, score = best_of(*gathered(row, score), k)
+                rough = self._placed(own_NxH, self.own.rough_score(q, own_NxH))
+                own_NxH = self._own(best_of_all(*rough, fewer)[0])
+            row, score = best_of_all(*self._placed(own_NxH, self.own.score(q, own_NxH)), k)
             rows.append(row)
             scores.append(score)
         return np.concatenate(rows), np.concatenate(scores)
@@ -135,11 +126,21 @@ class ShardedIndex:
         """Rows of the share as rows of the corpus."""
         return np.where(row >= 0, row + self.rows.start, -1).astype(np.int32), score.astype(np.float32)
 
+    def _own(self, row: np.ndarray) -> np.ndarray:
+        """Rows of the corpus as rows of the share, -1 for those of another."""
+        return np.where((row >= self.rows.start) & (row < self.rows.stop), row - self.rows.start, -1)
 
-def gathered(row_NxK: np.ndarray, score_NxK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The arrays of all processes side by side, [N, processes * K], in every process."""
-    row, score = _all(row_NxK), _all(score_NxK)
-    return tuple(np.concatenate(list(x), axis=1) for x in (row, score))  # type: ignore[return-value]
+
+def best_of_all(row_NxH: np.ndarray, score_NxH: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`jmlr_jax.retrieval.tokens.best_of` over what all processes found, in each of them; a collective.
+
+    The processes may have found different numbers of rows for their N questions.
+    """
+    row_NxK, score_NxK = best_of(row_NxH, score_NxH, k)
+    if jax.process_count() == 1:
+        return row_NxK, score_NxK
+    row_SxNxK, score_SxNxK = _all(row_NxK), _all(score_NxK)
+    return best_of(np.concatenate(list(row_SxNxK), axis=1), np.concatenate(list(score_SxNxK), axis=1), k)
 
 
 def _all(array: np.ndarray) -> np.ndarray:

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jmlr_jax.method.scoring import MASKED_SIMILARITY
 from jmlr_jax.retrieval.code import TokenCode, asked, encode_tokens, similarity
 from jmlr_jax.retrieval.vectors import TokenVectors
-from jmlr_jax.scoring import MASKED_SIMILARITY
 
 ENCODE_BATCH = 8192  # tokens coded at once
 TILE = 32  # tokens

@@ -10,23 +10,22 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jmlr_jax import distributed, lora
-from jmlr_jax.arms import PHASES, chain, trained_retriever
-from jmlr_jax.checkpoint import load_weights
 from jmlr_jax.config import Config
 from jmlr_jax.data.prepare import prepare
 from jmlr_jax.data.tokenizers import load_tokenizer
-from jmlr_jax.distributed import from_first, gather, on_first, shows_progress
-from jmlr_jax.evaluate import Reader, evaluate_arm
+from jmlr_jax.evaluation.evaluate import Reader, evaluate_arm
+from jmlr_jax.evaluation.metrics import ranking_summary
+from jmlr_jax.evaluation.report import report
 from jmlr_jax.files import write_text
-from jmlr_jax.metrics import ranking_summary
-from jmlr_jax.placement import own_arrays
-from jmlr_jax.report import report
-from jmlr_jax.run import Run
-from jmlr_jax.tables import fixed_table, index_folder, retrieve, retriever_index
-from jmlr_jax.train import phase_weights, train_phase
-
-INITIAL = "initial"  # the name of the index of the retriever before any training
+from jmlr_jax.nn import lora
+from jmlr_jax.parallel import distributed
+from jmlr_jax.parallel.distributed import from_first, gather, on_first, shows_progress
+from jmlr_jax.run.candidates import fixed_table
+from jmlr_jax.run.index import index_folder, retrieve, retriever_index
+from jmlr_jax.run.open import Run
+from jmlr_jax.run.phases import PHASES, chain, trained_retriever
+from jmlr_jax.run.weights import INITIAL, load_weights, phase_weights, retriever_of, weights_folder
+from jmlr_jax.training.loop import train_phase
 
 
 def prepare_data(cfg: Config, console: Console | None = None) -> None:
@@ -37,7 +36,7 @@ def prepare_data(cfg: Config, console: Console | None = None) -> None:
 def index(cfg: Config) -> None:
     """Builds and saves the index of the initial retriever and of every trained one, in ``index/NAME``."""
     run, console = Run.open(cfg), distributed.console()
-    trained = from_first(lambda: [p.name for p in PHASES.values() if p.rank and _weights(run, p.name).exists()])
+    trained = from_first(lambda: [p.name for p in PHASES.values() if p.rank and weights_folder(run, p.name).exists()])
     for name in (None, *trained):
         with jax.set_mesh(run.mesh), run.timed("index"):
             built = retriever_index(run, retriever_of(run, name), progress=shows_progress(console), keep=True)
@@ -92,23 +91,12 @@ def write_report(cfg: Config) -> None:
     on_first(lambda: report(cfg.run_dir, resamples=cfg.eval.bootstrap))
 
 
-def retriever_of(run: Run, phase: str | None) -> object:
-    """Weights of the retriever that a phase trained (None: the initial one), for this process to compute with."""
-    if phase is None:
-        weights = run.initial_weights()["retriever"]
-    else:
-        weights = load_weights(_weights(run, phase) / "retriever", run.abstract(("retriever",))["retriever"])
-    return own_arrays(weights, run.mesh)
-
-
-def _weights(run: Run, phase: str) -> Path:
-    return run.directory / "arms" / phase / "weights"
-
-
 def _evaluate(run: Run, arm: str) -> None:
     cfg, phase = run.cfg, PHASES[arm]
     weights = phase_weights(run, phase)
-    weights["generator"] = load_weights(_weights(run, arm) / "generator", run.abstract(("generator",))["generator"])
+    weights["generator"] = load_weights(
+        weights_folder(run, arm) / "generator", run.abstract(("generator",))["generator"]
+    )
     adapters = cfg.generator.lora
     reader = Reader(
         params=weights["generator"] if adapters is None else lora.complete(weights["base"], weights["generator"]),

@@ -9,172 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 
-from jmlr_jax.arms import PassageSource
-from jmlr_jax.distributed import check_same, from_first, is_first, on_first
-from jmlr_jax.encode import encode_passages_batched, encode_queries_batched
 from jmlr_jax.files import replacing
-from jmlr_jax.nn.functional import encode_passages, encode_queries
-from jmlr_jax.placement import own_mesh
-from jmlr_jax.retrieval.build import build_index_streamed, changed_share, update_index
-from jmlr_jax.retrieval.candidates import build_table, merged_table, mixed_table, overlap, random_table, recall
-from jmlr_jax.retrieval.saved import share_fingerprint, share_folder
-from jmlr_jax.retrieval.shards import share_of
-from jmlr_jax.retrieval.store import Index, IndexUnusable, open_index, params_fingerprint, passage_digests
-from jmlr_jax.retrieval.vectors import TokenVectors, drawn_rows
-from jmlr_jax.run import DataError, Run
+from jmlr_jax.parallel.distributed import check_same, from_first, is_first, on_first
+from jmlr_jax.retrieval.candidates import mixed_table, overlap, random_table, recall
+from jmlr_jax.retrieval.store import params_fingerprint
+from jmlr_jax.run.index import merged, retrieve, retriever_index, search
+from jmlr_jax.run.open import Run
+from jmlr_jax.run.phases import PassageSource
 
-UPDATE_BELOW = 0.3  # an index is built anew where more of its entries would be new or dead, outside code and tuning
-DIGEST_CHUNK = 8192  # passages read at once
 SPARE_DEPTH = 4  # how many times its share each source of a mixture is asked for, to fill up what they have in common
-
-
-def index_home(run: Run, name: str) -> Path:
-    """Where the index of that name is kept, whole or in shares."""
-    return run.directory / "index" / name
-
-
-def index_folder(run: Run, name: str) -> Path:
-    """Where this process keeps its index of that name: the whole corpus, or its own share of it."""
-    return share_folder(index_home(run, name), jax.process_index(), jax.process_count())
-
-
-def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool = False) -> Index:
-    """An index of the corpus as this retriever encodes it; a saved one of the same weights and corpus is opened.
-
-    One of the same weights and an earlier corpus is brought up to date where not too much has changed: only passages
-    that it does not hold are encoded. Nothing else can be kept: other weights give other vectors for every passage.
-
-    Of several processes each encodes and indexes its own share of the passages, on its own devices and without a word
-    to the others, so that this may run in a thread beside training.
-
-    Args:
-      retriever: of :func:`jmlr_jax.placement.own_arrays`.
-      progress: show a bar.
-      keep: the index will be saved, so it is given what an update needs to know.
-    """
-    passages, corpus = _share(run)
-
-    def encode_rows(rows: np.ndarray) -> Iterator[TokenVectors]:
-        return encode_passages_batched(
-            encode_passages,
-            retriever,
-            run.retriever,
-            run.prepared.passage_tokens,
-            passages.start + rows,
-            run.prepared.skip_V,
-            batch=_encode_batch(run),
-            mesh=own_mesh(run.mesh),
-            progress=progress,
-        )
-
-    model = params_fingerprint(jax.device_get(retriever))
-    found = sorted(run.directory.glob(str(index_folder(run, "*").relative_to(run.directory) / "card.json")))
-    for wanted in (corpus, None):
-        for saved in found:
-            try:
-                index = open_index(saved.parent, model, wanted)
-            except IndexUnusable:
-                continue  # of another retriever, or of another corpus
-            if wanted is not None:
-                return index
-            digests = _digests(run, passages)
-            if changed_share(index, digests) <= UPDATE_BELOW:
-                with _alone(run):
-                    return update_index(index, digests, encode_rows, corpus_fingerprint=corpus)
-    cfg, prepared = run.cfg, run.prepared
-    with _alone(run):
-        # Drawn: files are often sorted by source or kind, and an index tuned on one kind finds less for the others.
-        rows = drawn_rows(len(prepared.questions("train")), cfg.index.oracle_queries, cfg.seed)
-        asked = np.concatenate(list(query_vectors(run, retriever, "train", rows)))
-        return build_index_streamed(
-            encode_rows,
-            len(passages),
-            cfg.index,
-            model_fingerprint=model,
-            corpus_fingerprint=corpus,
-            sample_q_NxQxC=asked,
-            recall_at=(cfg.train.candidates,),
-            seed=cfg.seed,
-            digests_Nx16=_digests(run, passages) if keep else None,
-        )
-
-
-def _digests(run: Run, passages: range) -> np.ndarray:
-    """What tells two passages apart for a given retriever, uint8 [N, 16]: their tokens, and which of them count."""
-
-    def rows() -> Iterator[np.ndarray]:
-        for first in range(passages.start, passages.stop, DIGEST_CHUNK):
-            ids_nxP, length_n = run.prepared.passage_tokens(np.arange(first, min(first + DIGEST_CHUNK, passages.stop)))
-            for ids_P, length in zip(ids_nxP, length_n, strict=True):
-                yield np.concatenate([ids_P[:length], run.prepared.skip_V[ids_P[:length]]])
-
-    return passage_digests(rows())
-
-
-def _share(run: Run) -> tuple[range, str]:
-    """Passages that this process indexes, and the fingerprint of that part of the corpus."""
-    count, whole = len(run.prepared.passages), run.prepared.card["fingerprints"]["corpus"]
-    if count < jax.process_count():
-        raise DataError(f"{count} passages cannot be shared among {jax.process_count()} processes; start fewer")
-    rows = share_of(count, jax.process_index(), jax.process_count())
-    return rows, share_fingerprint(whole, rows, count)
-
-
-def _alone(run: Run) -> AbstractContextManager[Any]:
-    """While this is open, arrays made on the way belong to this process, where that makes a difference."""
-    own = own_mesh(run.mesh)
-    return nullcontext() if own is run.mesh else jax.set_mesh(own)
-
-
-def _encode_batch(run: Run) -> int:
-    return -(-run.cfg.index.encode_batch // jax.process_count())
-
-
-def query_vectors(run: Run, retriever: Any, split: str, rows: np.ndarray, progress: bool = False) -> Any:
-    """Token vectors of these questions in order, in pieces [n, Q, C]."""
-
-    def read(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return run.prepared.query_tokens(split, rows[places])
-
-    return encode_queries_batched(
-        encode_queries,
-        retriever,
-        run.retriever,
-        read,
-        len(rows),
-        batch=_encode_batch(run),
-        mesh=own_mesh(run.mesh),
-        progress=progress,
-    )
-
-
-def search(
-    run: Run, index: Index, retriever: Any, split: str, rows: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k best passages of these questions in the index of this process: corpus rows int32 [n, k], and scores."""
-    with _alone(run):
-        table, score = build_table(index, query_vectors(run, retriever, split, rows), len(rows), k)
-    return np.where(table < 0, -1, table + _share(run)[0].start).astype(np.int32), score
-
-
-def merged(found: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """The best of what all processes found, int32 [n, k]; a collective: the main thread of each calls it."""
-    return found[0] if jax.process_count() == 1 else merged_table(*process_allgather(found))
-
-
-def retrieve(run: Run, index: Index, retriever: Any, split: str, rows: np.ndarray, k: int) -> np.ndarray:
-    """The k best passages of the corpus for these questions, int32 [n, k], best first; a collective."""
-    return merged(search(run, index, retriever, split, rows, k))
 
 
 def fixed_table(run: Run, source: PassageSource, split: str, k: int, retriever: Any = None) -> np.ndarray:
@@ -233,7 +83,7 @@ class Candidates:
     def start(self, step: int, retriever: Any, rows: np.ndarray) -> None:
         """Begins the refresh of `step` for these training questions.
 
-        `retriever` is of :func:`jmlr_jax.placement.own_arrays`, and the caller's to give away.
+        `retriever` is of :func:`jmlr_jax.parallel.placement.own_arrays`, and the caller's to give away.
         """
         self._pending = step, self._pool.submit(self._search, step, retriever, np.unique(rows))
 
@@ -322,9 +172,9 @@ class Candidates:
 
     def _mix(self, step: int, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The tables of a refresh from what all processes found."""
-        top, dev = merged((found["found"], found["score"])), self.dev_nxK
+        top, dev = merged(found["found"], found["score"]), self.dev_nxK
         if len(self.run.dev_rows):
-            dev = merged((found["dev_found"], found["dev_score"]))
+            dev = merged(found["dev_found"], found["dev_score"])
             dev = self._mixed("dev", dev, self.run.dev_rows, step)
         train = self._mixed("train", top, found["rows"], step)
         digest = hashlib.sha256(train.tobytes() + dev.tobytes()).hexdigest()

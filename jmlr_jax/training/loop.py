@@ -16,21 +16,22 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from jmlr_jax.arms import Phase
-from jmlr_jax.checkpoint import DEV_LOSS, Checkpoints, load_weights, save_weights
-from jmlr_jax.config import OptimizerConfig, TrainConfig
+from jmlr_jax.config import OptimizerConfig
 from jmlr_jax.data.batches import Batch, assemble, question_stream
-from jmlr_jax.distributed import Stop, from_first, on_first
 from jmlr_jax.errors import JmlrError
-from jmlr_jax.metrics_log import MetricsLog
-from jmlr_jax.optim import make_optimizer, state_shardings, trainable_counts
-from jmlr_jax.placement import everywhere, own_arrays, place_batch, rows_held
-from jmlr_jax.profiling import tracer
-from jmlr_jax.run import Run, Weights
-from jmlr_jax.sharding import check_rows
-from jmlr_jax.step import StepSpec, init_state, live_retriever, make_step, reading_loss
-from jmlr_jax.tables import Candidates, fixed_table
-from jmlr_jax.warmup import ReadingLessons
+from jmlr_jax.method.step import StepSpec, init_state, live_retriever, make_step, reading_loss
+from jmlr_jax.parallel.distributed import Stop, from_first, on_first
+from jmlr_jax.parallel.placement import everywhere, own_arrays, place_batch, rows_held
+from jmlr_jax.parallel.sharding import check_rows
+from jmlr_jax.run.candidates import Candidates, fixed_table
+from jmlr_jax.run.open import Run, Weights
+from jmlr_jax.run.phases import Phase
+from jmlr_jax.run.weights import phase_steps, phase_weights, save_weights
+from jmlr_jax.training.checkpoint import DEV_LOSS, Checkpoints
+from jmlr_jax.training.metrics_log import MetricsLog
+from jmlr_jax.training.optimizer import make_optimizer, state_shardings, trainable_counts
+from jmlr_jax.training.profiling import tracer
+from jmlr_jax.training.warmup import ReadingLessons
 
 
 class TrainingStopped(JmlrError):
@@ -122,22 +123,6 @@ def _closing(loop: Loop, checkpoints: Checkpoints) -> Iterator[None]:
     finally:
         if loop.candidates is not None:
             loop.candidates.close()
-
-
-def phase_steps(cfg: TrainConfig, phase: Phase) -> int:
-    """How many steps a phase has."""
-    return cfg.warmup.steps if phase.name == "warmup" else cfg.steps
-
-
-def phase_weights(run: Run, phase: Phase) -> Weights:
-    """The weights a phase starts from."""
-    weights = run.initial_weights()
-    for part, source in (("generator", phase.generator), ("retriever", phase.retriever)):
-        if source is not None and (source != "warmup" or run.cfg.train.warmup.steps):
-            weights[part] = load_weights(
-                run.directory / "arms" / source / "weights" / part, run.abstract((part,))[part]
-            )
-    return weights
 
 
 def _build(run: Run, phase: Phase, folder: Path, steps: int, console: Console) -> Loop:

@@ -37,7 +37,7 @@ def generate(
         key: of the random choices; a greedy run does not read it.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: choose among the fewest likeliest tokens that together have this probability.
-        adapters: from :func:`jmlr_jax.lora.bind`, without a dropout key.
+        adapters: from :func:`jmlr_jax.nn.lora.bind`, without a dropout key.
 
     Returns:
         ``tokens_BxA`` int32 with A = max_new, filled with `eos_id` behind the end, and ``length_B`` int32, tokens

@@ -18,18 +18,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jmlr_jax import config_io, lora
+from jmlr_jax import config_io
 from jmlr_jax.config import Config, LlamaConfig, RetrieverConfig
 from jmlr_jax.data.batches import CARD, Prepared
-from jmlr_jax.distributed import DistributedError, check_same, gather, is_first, on_first
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.files import write_text
 from jmlr_jax.hf.load import load_generator, load_retriever
+from jmlr_jax.nn import lora
 from jmlr_jax.nn.copying import favour_copying
 from jmlr_jax.nn.functional import abstract_params, init_colbert, init_llama, logical_axes
+from jmlr_jax.parallel.distributed import DistributedError, check_same, gather, is_first, on_first
+from jmlr_jax.parallel.sharding import make_mesh, shardings
 from jmlr_jax.retrieval.bm25 import BM25
 from jmlr_jax.retrieval.vectors import drawn_rows
-from jmlr_jax.sharding import make_mesh, shardings
 
 Weights = dict[str, Any]
 

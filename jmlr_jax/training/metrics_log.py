@@ -16,9 +16,9 @@ import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from jmlr_jax import distributed
-from jmlr_jax.distributed import is_first, shows_progress
 from jmlr_jax.files import write_text
+from jmlr_jax.parallel import distributed
+from jmlr_jax.parallel.distributed import is_first, shows_progress
 
 SHOWN = {"loss/answer": "answer", "loss/rank": "rank", "rank/pair_accuracy": "pairs", "recall/candidates": "recall@K"}
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jmlr_jax.config import Config
-from jmlr_jax.estimate import VECTOR_FORWARD
-from jmlr_jax.flops import GIB
-from jmlr_jax.plan import MEDQA_QUESTIONS, SPARE, Plan, PlanError, Program, make_plan, search
+from jmlr_jax.planning.estimate import VECTOR_FORWARD
+from jmlr_jax.planning.flops import GIB
+from jmlr_jax.planning.plan import MEDQA_QUESTIONS, SPARE, Plan, PlanError, Program, make_plan, search
 
 NOTES = (
     "Seconds are estimates: cycles of every operation by the TPU compiler over the chip's clock; it has run nowhere.",
@@ -22,7 +22,7 @@ NOTES = (
     "Collectives: bytes over a corner chip's links; those beside other work count as far as they outlast it.",
     "FLOPs by METHOD: every row at its full length, nothing computed twice, causal attention over visible pairs.",
     f"An epoch is {MEDQA_QUESTIONS:,} questions (MedQA's training set) through the step, without refreshes and "
-    "evaluation; dollars are an on-demand price per chip-hour of jmlr_jax/flops.py, an assumption.",
+    "evaluation; dollars are an on-demand price per chip-hour of jmlr_jax/planning/flops.py, an assumption.",
 )
 
 
@@ -30,7 +30,7 @@ def run(cfg: Config, topology: str | None, try_all: bool, json_path: str | None)
     """Makes and prints a plan; with `try_all` of every mesh, and then in full of the fastest that fits.
 
     Raises:
-        PlanError, ShardingError: see :func:`jmlr_jax.plan.make_plan`; also no mesh that divides, or none that fits.
+        PlanError, ShardingError: see :func:`jmlr_jax.planning.plan.make_plan`; also if no mesh divides, or none fits.
     """
     console, notes = Console(), Console(stderr=True)
     if try_all:

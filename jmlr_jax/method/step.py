@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jmlr_jax import lora
 from jmlr_jax.config import LlamaConfig, LoraConfig, RetrieverConfig, TrainConfig
-from jmlr_jax.losses import answer_nll, pair_accuracy, rank_loss, sampling_entropy
+from jmlr_jax.method.losses import answer_nll, pair_accuracy, rank_loss, sampling_entropy
+from jmlr_jax.method.prompt import read_prompt
+from jmlr_jax.method.scoring import maxsim, minmax, sample, top
+from jmlr_jax.nn import lora
 from jmlr_jax.nn.functional import encode_passages, encode_queries, llama_hidden, llama_logits
-from jmlr_jax.pack import read_prompt
-from jmlr_jax.scoring import maxsim, minmax, sample, top
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]

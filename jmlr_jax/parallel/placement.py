@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jmlr_jax.sharding import MESH_AXES, batch_sharding
+from jmlr_jax.parallel.sharding import MESH_AXES, batch_sharding
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:

@@ -17,17 +17,17 @@ from jmlr_jax.config import Config
 from jmlr_jax.data.prompts import Prompts
 from jmlr_jax.data.tokenise import tokenise
 from jmlr_jax.data.tokenizers import encoder, load_tokenizer
-from jmlr_jax.distributed import check_same, from_first, on_first
-from jmlr_jax.encode import encode_passages_batched, encode_queries_batched
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.nn.functional import encode_passages, encode_queries
-from jmlr_jax.pipeline import INITIAL, retriever_of
-from jmlr_jax.placement import own_mesh
+from jmlr_jax.parallel.distributed import check_same, from_first, on_first
+from jmlr_jax.parallel.placement import own_mesh
+from jmlr_jax.retrieval.encode import encode_passages_batched, encode_queries_batched
 from jmlr_jax.retrieval.fusion import reciprocal_rank, write_trec
 from jmlr_jax.retrieval.saved import SavedIndex
 from jmlr_jax.retrieval.store import params_fingerprint
-from jmlr_jax.run import Run
-from jmlr_jax.tables import index_home
+from jmlr_jax.run.index import index_home
+from jmlr_jax.run.open import Run
+from jmlr_jax.run.weights import INITIAL, retriever_of
 
 HYBRID_DEPTH = 100  # passages of each ranking that are fused
 SHOWN_MATCHES = 6  # passage tokens highlighted

@@ -11,9 +11,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from jmlr_jax.flops import Chip
-from jmlr_jax.hlo import COLLECTIVES, Operation
 from jmlr_jax.nn.attention import visited
+from jmlr_jax.planning.flops import Chip
+from jmlr_jax.planning.hlo import COLLECTIVES, Operation
 
 PARTS = ("encode", "judge", "read_forward", "read_recompute", "read_backward", "update", "rest")
 EXTRA = ("attention_kernels", "collectives_exposed")
@@ -67,7 +67,7 @@ def part(where: str) -> str:
 
 
 def estimate(operations: Iterable[Operation], chip: Chip, window: int | None = None) -> Estimate:
-    """Prices the operations of a program (:meth:`jmlr_jax.hlo.Module.operations`) on a chip.
+    """Prices the operations of a program (:meth:`jmlr_jax.planning.hlo.Module.operations`) on a chip.
 
     Args:
         window: sliding window of the attention, which the kernels' shapes do not show.

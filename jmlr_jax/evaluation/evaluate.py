@@ -26,15 +26,15 @@ from rich.progress import track
 from jmlr_jax.config import Config, LlamaConfig
 from jmlr_jax.data.batches import Batch, Prepared
 from jmlr_jax.data.tokenizers import GeneratorIds
+from jmlr_jax.evaluation.metrics import bootstrap_interval, exact_match, parse_answer, token_f1
 from jmlr_jax.files import write_text
-from jmlr_jax.generate import generate
-from jmlr_jax.losses import answer_nll
-from jmlr_jax.metrics import bootstrap_interval, exact_match, parse_answer, token_f1
+from jmlr_jax.method.losses import answer_nll
+from jmlr_jax.method.prompt import read_prompt
 from jmlr_jax.nn.functional import init_cache, llama_cached, llama_logits
+from jmlr_jax.nn.generate import generate
 from jmlr_jax.nn.layers import Adapters, Params
-from jmlr_jax.pack import read_prompt
-from jmlr_jax.placement import everywhere, place_batch
-from jmlr_jax.sharding import check_rows
+from jmlr_jax.parallel.placement import everywhere, place_batch
+from jmlr_jax.parallel.sharding import check_rows
 
 Rows = list[dict[str, Any]]
 
@@ -47,7 +47,7 @@ class Reader:
       params: weights of the decoder, on the mesh if there is one.
       cfg: their shape, vocabulary size resolved.
       decode: token ids to text, special tokens left out.
-      adapters: from :func:`jmlr_jax.lora.bind` without a dropout key.
+      adapters: from :func:`jmlr_jax.nn.lora.bind` without a dropout key.
     """
 
     params: Params

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from jmlr_jax.run import DataError
+from jmlr_jax.run.open import DataError
 
 DEV_LOSS = "dev/loss"
 
@@ -84,21 +84,3 @@ class Checkpoints:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
-
-
-def save_weights(folder: Path, weights: Any) -> None:
-    """A phase's final trained weights, by which later phases, evaluation and export read it; whole or not at all."""
-    with ocp.StandardCheckpointer() as writer:
-        writer.save(folder.absolute(), weights, force=True)
-
-
-def load_weights(folder: Path, abstract: Any) -> Any:
-    """Weights of :func:`save_weights` in the given shapes and shardings.
-
-    Raises:
-      DataError: that phase has not finished.
-    """
-    if not folder.exists():
-        raise DataError(f"{folder}: no weights; that phase has not been trained to its end (jmlr train)")
-    with ocp.StandardCheckpointer() as reader:
-        return reader.restore(folder.absolute(), abstract)

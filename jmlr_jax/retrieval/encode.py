@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.progress import track
 
 from jmlr_jax.config import RetrieverConfig
+from jmlr_jax.parallel.sharding import partition_spec
 from jmlr_jax.retrieval.vectors import TokenVectors
-from jmlr_jax.sharding import partition_spec
 
 Params = Any
 ReadRows = Callable[

@@ -18,19 +18,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jmlr_jax import lora
 from jmlr_jax.config import Config, MeshConfig
 from jmlr_jax.data.tokenizers import GeneratorIds
-from jmlr_jax.encode import encode_batch
 from jmlr_jax.errors import JmlrError
-from jmlr_jax.estimate import Estimate, estimate
-from jmlr_jax.evaluate import evaluate_batch
-from jmlr_jax.flops import CHIPS, GIB, Chip, Work, step_work
-from jmlr_jax.hlo import parse
-from jmlr_jax.libtpu import set_flags
+from jmlr_jax.evaluation.evaluate import evaluate_batch
+from jmlr_jax.method.step import StepSpec, init_state, make_step
+from jmlr_jax.nn import lora
 from jmlr_jax.nn.functional import abstract_params, encode_passages, logical_axes
-from jmlr_jax.optim import make_optimizer, state_shardings
-from jmlr_jax.sharding import (
+from jmlr_jax.parallel.libtpu import set_flags
+from jmlr_jax.parallel.sharding import (
     ShardingError,
     batch_sharding,
     check_rows,
@@ -39,7 +35,11 @@ from jmlr_jax.sharding import (
     replicated_report,
     shardings,
 )
-from jmlr_jax.step import StepSpec, init_state, make_step
+from jmlr_jax.planning.estimate import Estimate, estimate
+from jmlr_jax.planning.flops import CHIPS, GIB, Chip, Work, step_work
+from jmlr_jax.planning.hlo import parse
+from jmlr_jax.retrieval.encode import encode_batch
+from jmlr_jax.training.optimizer import make_optimizer, state_shardings
 
 SPARE = 0.05  # share of the memory that a plan should leave: the compiler's count is not the runtime's
 OPTIONS = 5  # continuations of a question in evaluation: four options and the right answer
@@ -237,7 +237,7 @@ class Source(NamedTuple):
 
 
 def step_program(cfg: Config, mesh: Mesh) -> Source:
-    """The joint step of the ``jmlr`` phase as :mod:`jmlr_jax.train` compiles it, with abstract arguments."""
+    """The joint step of the ``jmlr`` phase as :mod:`jmlr_jax.training.loop` compiles it, with abstract arguments."""
     cfg = resolved(cfg)
     llama, retriever, train, g = cfg.generator.llama, cfg.retriever, cfg.train, cfg.generator
     weights = abstract_weights(cfg, mesh)

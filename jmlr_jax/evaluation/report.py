@@ -1,7 +1,7 @@
 """From the files of a run to ``report.json``, figures and one self-contained page.
 
 A run directory holds, for each phase of training, ``arms/PHASE/metrics.jsonl`` and ``speed.jsonl``; for each arm
-``eval/ARM.json`` with ``eval/ARM.jsonl`` (from :mod:`jmlr_jax.evaluate`); besides them ``eval/retriever.json``,
+``eval/ARM.json`` with ``eval/ARM.jsonl`` (:mod:`jmlr_jax.evaluation.evaluate`); besides them ``eval/retriever.json``,
 ``timing.json``, ``data/prepare.json`` and the resolved configuration. A run over several seeds holds such directories
 as ``seed_*``. What is not there is listed in the report under "missing"; nothing is made up for it.
 """
@@ -27,9 +27,9 @@ from rich.table import Table
 from jmlr_jax.config import ArmName
 from jmlr_jax.config_io import RESOLVED_NAME
 from jmlr_jax.errors import JmlrError
-from jmlr_jax.figures import WARMUP, Curve, accuracy_figure, arm_name, retriever_figure, training_figure
+from jmlr_jax.evaluation.figures import WARMUP, Curve, accuracy_figure, arm_name, retriever_figure, training_figure
+from jmlr_jax.evaluation.metrics import bootstrap_interval, paired_bootstrap
 from jmlr_jax.files import replacing, write_text
-from jmlr_jax.metrics import bootstrap_interval, paired_bootstrap
 
 PathLike = str | os.PathLike[str]
 ARMS: tuple[str, ...] = get_args(ArmName)

@@ -11,16 +11,15 @@ import jax
 from etils import epath
 from rich.console import Console
 
-from jmlr_jax.arms import PHASES, trained_retriever
-from jmlr_jax.checkpoint import load_weights
 from jmlr_jax.config import Config
 from jmlr_jax.errors import JmlrError
+from jmlr_jax.evaluation.report import read_run, summarise
 from jmlr_jax.hf.card import copy_legal_files, model_card
 from jmlr_jax.hf.export import Lora, write_adapters, write_colbert, write_generator, write_pylate
 from jmlr_jax.hf.io import read_json, whole_directory
-from jmlr_jax.pipeline import INITIAL, retriever_of
-from jmlr_jax.report import read_run, summarise
-from jmlr_jax.run import Run
+from jmlr_jax.run.open import Run
+from jmlr_jax.run.phases import PHASES, trained_retriever
+from jmlr_jax.run.weights import INITIAL, load_weights, retriever_of
 
 # folder -> (what it is, what loads it); the card lists those that were written
 FOLDERS = {

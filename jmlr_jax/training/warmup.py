@@ -8,8 +8,8 @@ import numpy as np
 
 from jmlr_jax.data.batches import Batch, assemble
 from jmlr_jax.retrieval.candidates import mixed_table
-from jmlr_jax.run import Run
-from jmlr_jax.tables import bm25_table, fixed_table
+from jmlr_jax.run.candidates import bm25_table, fixed_table
+from jmlr_jax.run.open import Run
 
 OTHERS = 16  # passages per question that need not state the answer, half of them BM25's
 

@@ -1,0 +1,1 @@
+"""How well arms answer and retrieve: measurements, statistics, report and figures."""

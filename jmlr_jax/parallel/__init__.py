@@ -1,0 +1,1 @@
+"""Meshes and several processes: where arrays lie, how processes agree and end."""

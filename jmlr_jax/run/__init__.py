@@ -1,0 +1,1 @@
+"""A run directory: artifacts, phases, weights, indexes and candidate tables."""
