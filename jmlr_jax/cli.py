@@ -135,8 +135,9 @@ def _prepare(config: Config, args: argparse.Namespace) -> None:
 
 def _index(config: Config, args: argparse.Namespace) -> None:
     from jmlr_jax.commands import pipeline
+    from jmlr_jax.run.open import Run
 
-    pipeline.index(config)
+    pipeline.index(Run.open(config))
 
 
 def _search(config: Config, args: argparse.Namespace) -> None:
@@ -149,15 +150,18 @@ def _search(config: Config, args: argparse.Namespace) -> None:
 
 def _train(config: Config, args: argparse.Namespace) -> None:
     from jmlr_jax.commands import pipeline
+    from jmlr_jax.run.open import Run
 
+    run = Run.open(config)
     for arm in config.eval.arms if args.arm == "all" else (args.arm,):
-        pipeline.train(config, arm)
+        pipeline.train(run, arm)
 
 
 def _eval(config: Config, args: argparse.Namespace) -> None:
-    from jmlr_jax.commands import pipeline
+    from jmlr_jax.evaluation.arms import evaluate_arms
+    from jmlr_jax.run.open import Run
 
-    pipeline.evaluate(config, config.eval.arms if args.arm == "all" else (args.arm,))
+    evaluate_arms(Run.open(config), config.eval.arms if args.arm == "all" else (args.arm,))
 
 
 def _report(config: Config, args: argparse.Namespace) -> None:

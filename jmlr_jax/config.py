@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 DType = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "full", "attention", "mlp", "dots"]
 Share = Annotated[float, Field(ge=0, le=1)]
+TOKENIZER = "a tokenizer directory, or 'train' a small one in `jmlr prepare`; null: the source's, or trained"
 ArmName = Literal["jmlr", "frozen", "separate", "bm25", "random", "closed_book"]
 
 
@@ -24,6 +25,28 @@ class Strict(BaseModel):
     """Base of every section: immutable, and a key it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Strict):
+    """What both halves of a run have: first weights and the tokenizer that belongs to them."""
+
+    source: str
+    tokenizer: str | None
+
+    @property
+    def tokenizer_place(self) -> str | None:
+        """Directory that the tokenizer is taken from; None where `jmlr prepare` trains one."""
+        place = self.tokenizer or ("train" if self.source == "scratch" else self.source)
+        return None if place == "train" else place
+
+    @model_validator(mode="after")
+    def _check_tokenizer(self) -> ModelConfig:
+        if self.source != "scratch" and self.tokenizer == "train":
+            raise ValueError(
+                f"tokenizer=train makes ids that the weights of source={self.source} have never seen; leave tokenizer "
+                "out to take that directory's own"
+            )
+        return self
 
 
 class RopeScalingConfig(Strict):
@@ -119,11 +142,11 @@ class EncoderLoraConfig(AdapterConfig):
     )
 
 
-class RetrieverConfig(Strict):
+class RetrieverConfig(ModelConfig):
     """The late-interaction encoder and how text becomes its tokens (METHOD step 1)."""
 
     source: str = Field("scratch", description="'scratch' (random weights of shape `bert`) or a Hugging Face directory")
-    tokenizer: str = Field("train", description="'train' a small one in `jmlr prepare`, or a tokenizer directory")
+    tokenizer: str | None = Field(None, description=TOKENIZER)
     tokenizer_vocab: PositiveInt = Field(4096, description="size of the tokenizer that 'train' makes")
     bert: BertConfig = BertConfig()
     lora: EncoderLoraConfig | None = Field(None, description="null trains every weight, as METHOD does")
@@ -151,14 +174,14 @@ class LoraConfig(AdapterConfig):
     dropout: float = Field(0.05, ge=0, lt=1)
 
 
-class GeneratorConfig(Strict):
+class GeneratorConfig(ModelConfig):
     """The language model and its prompt pieces; each piece has its own length, set here and nowhere else."""
 
     source: str = Field(
         "scratch", description="'scratch' (random weights of shape `llama`) or a Hugging Face directory"
     )
-    tokenizer: str = Field("train", description="'train' a small one in `jmlr prepare`, or a tokenizer directory")
-    tokenizer_vocab: PositiveInt = 4096
+    tokenizer: str | None = Field(None, description=TOKENIZER)
+    tokenizer_vocab: PositiveInt = Field(4096, description="size of the tokenizer that 'train' makes")
     tokenizer_lowercase: bool = Field(
         False, description="a tokenizer made here reads small letters only: a word is the same wherever it stands"
     )

@@ -24,25 +24,7 @@ from jmlr_jax.errors import JmlrError
 from jmlr_jax.files import write_text
 
 RESOLVED_NAME = "config.yaml"
-"""Name of the resolved configuration in a run directory."""
-
-MAY_CHANGE_ON_RESUME = (
-    "run_dir",
-    "train.keep_last",
-    "train.max_skipped_in_row",
-    "eval.split",
-    "eval.arms",
-    "eval.batch_size",
-    "eval.max_questions",
-    "eval.bootstrap",
-    "eval.recall_at",
-    "mesh",
-)
-"""Keys (or whole sections) that a run may be resumed with another value of; any other makes it another run.
-
-Not among them is what decides the weights or the lines of ``metrics.jsonl``: the steps (the learning rate's schedule),
-the steps between logs and checkpoints (where the dev loss is taken), and which checkpoint a phase ends with.
-"""
+"""Name of the record in a run directory: what `jmlr prepare` or `jmlr run` was asked, resolved."""
 
 COMMAND_LINE = "command line"
 EXPECTED = {  # in the reader's words, by pydantic's name of the error
@@ -60,6 +42,13 @@ EXPECTED = {  # in the reader's words, by pydantic's name of the error
 
 
 EXTENDS = "extends"  # the one key of a preset that is not the schema's
+
+
+PATH_KEYS = (  # section, key, and values that are no path
+    *(("data", f"{name}_path", ()) for name in ("train", "dev", "test", "corpus")),
+    *((half, "source", ("scratch",)) for half in ("retriever", "generator")),
+    *((half, "tokenizer", ("train",)) for half in ("retriever", "generator")),
+)
 
 
 class ConfigError(JmlrError):
@@ -114,36 +103,19 @@ def save_resolved(config: Config, path: str | os.PathLike[str]) -> None:
     write_text(path, to_yaml(config))
 
 
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration with every path of data and models absolute, so that its record means the same anywhere."""
+    tree = config.model_dump()
+    for section, name, words in PATH_KEYS:
+        value = tree[section][name]
+        if value is not None and value not in words and "://" not in value:
+            tree[section][name] = os.path.abspath(value)
+    return Config.model_validate(tree)
+
+
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML text, keys in the schema's order."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-
-
-def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with both values.
-
-    >>> differences(Config(seed=1), Config(seed=2))
-    {'seed': (1, 2)}
-    """
-    return dict(_differences(a.model_dump(mode="json"), b.model_dump(mode="json"), ""))
-
-
-def check_resume(saved: Config, given: Config, where: str) -> None:
-    """Refuses to continue a run under a configuration that makes it another run.
-
-    Args:
-        saved: configuration in the run directory.
-        given: configuration asked for now.
-        where: path of the saved file, for the message.
-
-    Raises:
-        ConfigError: a key outside :data:`MAY_CHANGE_ON_RESUME` differs; lists every such key with both values.
-    """
-    fatal = {key: pair for key, pair in differences(saved, given).items() if not _may_change(key)}
-    if fatal:
-        lines = [f"{where}: {key} = {old!r} there, {new!r} now" for key, (old, new) in fatal.items()]
-        lines.append("give the run a new directory (--run-dir), or the values it was started with")
-        raise ConfigError("\n".join(lines))
 
 
 def presets() -> dict[str, Path]:
@@ -344,18 +316,6 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
             _merge(base[key], value)
         else:
             base[key] = value
-
-
-def _differences(a: Any, b: Any, key: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        for name in a:
-            yield from _differences(a[name], b[name], f"{key}.{name}" if key else name)
-    elif a != b:
-        yield key, (a, b)
-
-
-def _may_change(key: str) -> bool:
-    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE_ON_RESUME)
 
 
 # Problems

@@ -51,15 +51,15 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from jax.experimental.compilation_cache import compilation_cache
     from runs import tiny_config
 
-    from jmlr_jax.data.prepare import prepare
+    from jmlr_jax.commands.pipeline import prepare_data
 
     # Tests of runs compile the same small programs over and over.
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compilation_cache.reset_cache()
-    folder = tmp_path_factory.mktemp("tiny") / "data"
-    prepare(tiny_config(folder.parent), folder)
-    return folder
+    folder = tmp_path_factory.mktemp("tiny")
+    prepare_data(tiny_config(folder))
+    return folder / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

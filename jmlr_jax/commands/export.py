@@ -13,13 +13,14 @@ from rich.console import Console
 
 from jmlr_jax.config import Config
 from jmlr_jax.errors import JmlrError
-from jmlr_jax.evaluation.report import read_run, summarise
+from jmlr_jax.evaluation.report import summarise
+from jmlr_jax.evaluation.seed_run import read_run
 from jmlr_jax.hf.card import copy_legal_files, model_card
 from jmlr_jax.hf.export import Lora, write_adapters, write_colbert, write_generator, write_pylate
 from jmlr_jax.hf.io import read_json, whole_directory
 from jmlr_jax.run.open import Run
 from jmlr_jax.run.phases import PHASES, trained_retriever
-from jmlr_jax.run.weights import INITIAL, load_weights, retriever_of
+from jmlr_jax.run.weights import INITIAL, retriever_of, trained
 
 # folder -> (what it is, what loads it); the card lists those that were written
 FOLDERS = {
@@ -48,10 +49,9 @@ def export_run(cfg: Config, dst: str | os.PathLike[str], *, arm: str = "jmlr") -
     """
     _check_run(cfg.run_dir)
     run, console = Run.open(cfg), Console(stderr=True)
-    weights_dir = run.directory / "arms" / arm / "weights"
     with jax.set_mesh(run.mesh), whole_directory(dst) as folder:
-        trained = load_weights(weights_dir / "generator", run.abstract(("generator",))["generator"])
-        written = _write_generator(run, folder, trained, console)
+        weights = trained(run, arm, "generator")
+        written = _write_generator(run, folder, weights, console)
         if PHASES[arm].passages in ("live", "retriever"):
             params = retriever_of(run, trained_retriever(arm))
             like, tokenizer = _described(cfg.retriever.source), run.prepared.tokenizer_dir("retriever")
@@ -80,11 +80,11 @@ def _check_run(run_dir: str) -> None:
         raise JmlrError("export runs on one host: start it on one machine that reads the run directory")
 
 
-def _write_generator(run: Run, folder: epath.Path, trained: Any, console: Console) -> set[str]:
+def _write_generator(run: Run, folder: epath.Path, weights: Any, console: Console) -> set[str]:
     """Folders ``generator`` and, where there are adapters to a published base, ``adapters``; returns their names."""
     cfg, prepared = run.cfg.generator, run.prepared
-    lora = None if cfg.lora is None else Lora(cfg.lora, trained)
-    params = trained if lora is None else run.initial_weights()["base"]
+    lora = None if cfg.lora is None else Lora(cfg.lora, weights)
+    params = weights if lora is None else run.initial_weights()["base"]
     like, tokenizer = _described(cfg.source), prepared.tokenizer_dir("generator")
     write_generator(
         _made(folder, "generator"),
@@ -130,7 +130,7 @@ def _copy_legal(source: str, folder: epath.Path, names: list[str]) -> None:
 
 def _card(run: Run, arm: str, folders: Mapping[str, tuple[str, str]]) -> str:
     """The model card, from the files of the run."""
-    recorded = read_run(epath.Path(run.directory), run.directory.name)
+    recorded = read_run(epath.Path(run.directory), run.directory.name, "test")
     summary = summarise([recorded], run.cfg.eval.bootstrap)
     index = run.directory / "index" / (trained_retriever(arm) or INITIAL) / "card.json"
     retrieves = PHASES[arm].passages in ("live", "retriever")

@@ -77,7 +77,7 @@ class Engine:
         self.run = run
         self.retriever: Any = retriever_of(run, None if name == INITIAL else name)
         fingerprint = params_fingerprint(jax.device_get(self.retriever))
-        corpus = run.prepared.card["fingerprints"]["corpus"]
+        corpus = run.fingerprints["passages"]
         self.index = SavedIndex.open(index_home(run, name), fingerprint, corpus, len(run.prepared.passages))
         self.prompts = Prompts(run.cfg.retriever, run.cfg.generator)
         self._tokenizer = encoder(load_tokenizer(run.prepared.tokenizer_dir("retriever")))

@@ -1,7 +1,6 @@
 """``jmlr prepare``: from a configuration to everything training reads, in one directory.
 
 Order: sources (read, split, filter), tokenizers, tokens, builders, baselines, card.
-The directory appears whole or not at all; with unchanged inputs nothing is done again.
 """
 
 from __future__ import annotations
@@ -9,19 +8,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from etils import epath
 from rich.console import Console
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
-from jmlr_jax.config import Config
+from jmlr_jax.config import Config, GeneratorConfig, RetrieverConfig
 from jmlr_jax.data import prepare_report
 from jmlr_jax.data.batches import CARD
 from jmlr_jax.data.builders import write_corpus, write_questions
@@ -33,6 +30,7 @@ from jmlr_jax.data.tokenise import CutCount, Misfit, tokenise, tokenise_answers,
 from jmlr_jax.data.tokenizers import (
     GeneratorIds,
     RetrieverIds,
+    TokenizerError,
     encoder,
     generator_ids,
     load_tokenizer,
@@ -41,18 +39,19 @@ from jmlr_jax.data.tokenizers import (
     train_generator_tokenizer,
     train_retriever_tokenizer,
 )
+from jmlr_jax.files import digest
 
-LAYOUT = 1  # raise when what is written changes, so that directories of older code are prepared again
 TRAINING_TEXTS = 100_000  # texts a tokenizer is trained on at most, evenly spread over the corpus
 
 
-def prepare(cfg: Config, out_dir: str | Path, console: Console | None = None) -> dict[str, Any]:
-    """Prepares the data of a configuration and returns the card, the content of ``prepare.json``.
+def prepare(cfg: Config, folder: Path, console: Console | None = None, keep: Path | None = None) -> dict[str, Any]:
+    """Writes the data of a configuration and returns the card, the content of ``prepare.json``, written last.
 
     Args:
-        cfg: the configuration; sections ``data``, ``retriever`` and ``generator`` and the seed matter.
-        out_dir: a directory on a local disk (token tables are memory-mapped); replaced if its inputs differ.
+        cfg: sections ``data``, ``retriever`` and ``generator`` matter, and the seed for the embedded world.
+        folder: on a local disk (token tables are memory-mapped); made if it is not there.
         console: where the statistics and progress go; none if not given.
+        keep: prepared data whose tokenizers are taken instead of training new ones, since weights know their ids.
 
     Raises:
         RecordError, TemplateError, TokenizerError: see those.
@@ -60,31 +59,23 @@ def prepare(cfg: Config, out_dir: str | Path, console: Console | None = None) ->
             configured lengths while ``data.on_error`` is ``stop``.
         FileNotFoundError: an input file is not there.
     """
-    out = Path(out_dir).absolute()
     check_templates(cfg)
-    inputs = _inputs_fingerprint(cfg)
-    if (out / CARD).is_file():
-        card = json.loads((out / CARD).read_text())
-        if card["inputs"] == inputs:
-            if console:
-                console.print(f"{out}: prepared already, inputs unchanged")
-            return card
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # what an interrupted run left
-    part.mkdir(parents=True)
-    card = {"inputs": inputs, **_prepare_into(cfg, part, console)}
-    (part / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False))
-    _replace(part, out)
+    folder.mkdir(parents=True, exist_ok=True)
+    card = _prepare_into(cfg, folder, console, keep)
+    (folder / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False))
     if console:
         prepare_report.show(card, console)
     return card
 
 
-def _prepare_into(cfg: Config, out: Path, console: Console | None) -> dict[str, Any]:
+def _prepare_into(cfg: Config, out: Path, console: Console | None, keep: Path | None) -> dict[str, Any]:
     """Writes everything but the card, which it returns."""
     sources = read_sources(cfg)
     prompts = Prompts(cfg.retriever, cfg.generator)
-    _make_tokenizers(cfg, prompts, sources, out)
+    if keep is None:
+        _make_tokenizers(cfg, prompts, sources, out)
+    else:
+        shutil.copytree(keep / "tokenizers", out / "tokenizers")
     retriever = load_tokenizer(str(out / "tokenizers" / "retriever"))
     generator = load_tokenizer(str(out / "tokenizers" / "generator"))
     r_ids, g_ids = retriever_ids(retriever, cfg.retriever), generator_ids(generator)
@@ -94,7 +85,7 @@ def _prepare_into(cfg: Config, out: Path, console: Console | None) -> dict[str, 
     save_array(out / "tokens" / "skip.npy", skip_V)
 
     engines = encoder(retriever), encoder(generator, continues=True)
-    tables = _Tables(cfg, prompts, *engines, r_ids, g_ids, out / "tokens", console)
+    tables = _Writer(cfg, prompts, *engines, r_ids, g_ids, out / "tokens", console)
     row_of = {passage.id: row for row, passage in enumerate(sources.passages)}
     tables.write_passages(sources.passages)
     questions = {split: tables.write_split(split, sources.questions[split], row_of) for split in SPLITS}
@@ -112,24 +103,19 @@ def _prepare_into(cfg: Config, out: Path, console: Console | None) -> dict[str, 
         },
         "augment_queries": cfg.retriever.augment_queries,
         "max_options": max((len(q.options) for split in SPLITS for q in questions[split]), default=0),
-        "fingerprints": {
-            "corpus": _digest(dataclasses.astuple(passage) for passage in sources.passages),
-            "questions": _digest((split, dataclasses.astuple(q)) for split in SPLITS for q in questions[split]),
-            "retriever_tokenizer": _digest_path(out / "tokenizers" / "retriever"),
-            "generator_tokenizer": _digest_path(out / "tokenizers" / "generator"),
-        },
+        "fingerprints": _fingerprints(out, sources.passages, questions),
         "passages": len(sources.passages),
         "questions": {split: len(questions[split]) for split in SPLITS},
         "cuts": tables.cuts,
         "dropped": [str(misfit) for misfit in tables.dropped],
         **sources.notes,
         "leakage": prepare_report.leakage_notes(sources.leakage),
-        "baselines": prepare_report.baselines(cfg, prompts, questions, sources.passages, row_of),
+        "baselines": prepare_report.baselines(prompts, questions, sources.passages, row_of),
     }
 
 
 @dataclass
-class _Tables:
+class _Writer:
     """Tokenises and saves; keeps count of what was cut and which questions were left out."""
 
     cfg: Config
@@ -201,13 +187,13 @@ def _make_tokenizers(cfg: Config, prompts: Prompts, sources: Sources, out: Path)
     step = max(1, -(-len(sources.passages) // TRAINING_TEXTS))
     passages, train = sources.passages[::step], sources.questions["train"][:TRAINING_TEXTS]
     directory = str(out / "tokenizers" / "retriever")
-    if cfg.retriever.tokenizer == "train":
+    if cfg.retriever.tokenizer_place is None:
         texts = [*map(prompts.retrieved, passages), *map(prompts.query, train)]
         train_retriever_tokenizer(texts, cfg.retriever, directory)
     else:
-        load_tokenizer(cfg.retriever.tokenizer).save_pretrained(directory)
+        _given_tokenizer("retriever", cfg.retriever).save_pretrained(directory)
     directory = str(out / "tokenizers" / "generator")
-    if cfg.generator.tokenizer == "train":
+    if cfg.generator.tokenizer_place is None:
         texts = [prompts.reference(passage) for passage in passages]
         texts += [prompts.question(question.question, question.options) for question in train]
         texts += [prompts.answer(question) for question in train]
@@ -215,32 +201,45 @@ def _make_tokenizers(cfg: Config, prompts: Prompts, sources: Sources, out: Path)
             texts, cfg.generator.tokenizer_vocab, directory, lowercase=cfg.generator.tokenizer_lowercase
         )
     else:
-        load_tokenizer(cfg.generator.tokenizer).save_pretrained(directory)
+        _given_tokenizer("generator", cfg.generator).save_pretrained(directory)
 
 
-def _inputs_fingerprint(cfg: Config) -> str:
-    """sha256 of all that the result depends on: configuration, input files, tokenizers' versions, layout."""
-    hasher = hashlib.sha256()
-    settings = {
-        "layout": LAYOUT,
-        "seed": cfg.seed if cfg.data.questions == "world" else None,
-        "data": cfg.data.model_dump(),
-        "retriever": cfg.retriever.model_dump(exclude={"source", "bert", "lora", "dim", "attend_to_mask_tokens"}),
-        "generator": cfg.generator.model_dump(exclude={"source", "llama", "lora", "max_length"}),
-        "vocab": [cfg.retriever.bert.vocab_size, cfg.generator.llama.vocab_size],
-        "candidates": cfg.train.candidates,
-        "libraries": [metadata.version(name) for name in ("tokenizers", "transformers")],
+def _given_tokenizer(half: str, cfg: RetrieverConfig | GeneratorConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer that a configuration names; where the weights bring one of their own, its ids must be the same."""
+    assert cfg.tokenizer_place is not None
+    tokenizer = load_tokenizer(cfg.tokenizer_place)
+    if cfg.source in ("scratch", cfg.tokenizer_place):
+        return tokenizer
+    try:
+        own = load_tokenizer(cfg.source)
+    except TokenizerError:  # weights alone; what they cannot hold is refused when they are loaded
+        return tokenizer
+    given = tokenizer.get_vocab()
+    other = next((token for token, number in sorted(own.get_vocab().items()) if given.get(token) != number), None)
+    if other is not None:
+        raise TokenizerError(
+            f"{half}.tokenizer={cfg.tokenizer_place}: not the tokenizer of {half}.source={cfg.source} ({other!r} is "
+            f"{own.get_vocab()[other]} there and {given.get(other)} here); leave {half}.tokenizer out"
+        )
+    return tokenizer
+
+
+def _fingerprints(out: Path, passages: list[Passage], questions: dict[str, list[Question]]) -> dict[str, str]:
+    """sha256 of what others are made from: ``passages`` and each split are of records and their tokens together."""
+    corpus = _digest(dataclasses.astuple(passage) for passage in passages)
+    found = {
+        "corpus": corpus,
+        "questions": _digest((split, dataclasses.astuple(q)) for split in SPLITS for q in questions[split]),
+        "passages": _digest([corpus, *_tables(out, "passages", "references", "skip")]),
     }
-    hasher.update(json.dumps(settings, sort_keys=True).encode())
-    paths = [getattr(cfg.data, f"{name}_path") for name in (*SPLITS, "corpus")]
-    for tokenizer in (cfg.retriever.tokenizer, cfg.generator.tokenizer):
-        paths.append(tokenizer if tokenizer != "train" else None)
-    for path in paths:
-        if path is not None and epath.Path(path).exists():
-            hasher.update(_digest_path(epath.Path(path)).encode())
-    if cfg.data.questions == "world":
-        hasher.update((Path(__file__).parent / "world.py").read_bytes())
-    return hasher.hexdigest()
+    for split in SPLITS:
+        found[split] = _digest([*map(dataclasses.astuple, questions[split]), *_tables(out, f"{split}.")])
+    return found | {f"{half}_tokenizer": digest(out / "tokenizers" / half) for half in ("retriever", "generator")}
+
+
+def _tables(out: Path, *beginnings: str) -> list[str]:
+    """Digests of the token tables whose names begin so."""
+    return [digest(file) for file in sorted((out / "tokens").iterdir()) if file.name.startswith(beginnings)]
 
 
 def _digest(records: Iterable[Any]) -> str:
@@ -249,26 +248,3 @@ def _digest(records: Iterable[Any]) -> str:
         hasher.update(json.dumps(record, ensure_ascii=False).encode())
         hasher.update(b"\n")
     return hasher.hexdigest()
-
-
-def _digest_path(path: Any) -> str:
-    """sha256 of a file, or of the names and contents of a directory's files."""
-    hasher = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_dir():
-            continue
-        hasher.update(file.name.encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                hasher.update(chunk)
-    return hasher.hexdigest()
-
-
-def _replace(part: Path, out: Path) -> None:
-    """Puts ``part`` in the place of ``out``; a crash in between leaves no card there, so the next run starts anew."""
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.replace(out, old)
-    os.replace(part, out)
-    shutil.rmtree(old, ignore_errors=True)

@@ -10,12 +10,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jmlr_jax.config import Config
 from jmlr_jax.data.leakage import LeakageReport, Overlap
 from jmlr_jax.data.prompts import Prompts
 from jmlr_jax.data.schema import Passage, Question
 
 BASELINE_QUESTIONS = 2000  # questions of a split that BM25 is measured on at most, evenly spread
+CUTOFFS = (1, 5, 16)  # passages among which a gold one is looked for
 _SHOWN = 5
 
 
@@ -38,7 +38,6 @@ def leakage_notes(report: LeakageReport) -> dict[str, Any]:
 
 
 def baselines(
-    cfg: Config,
     prompts: Prompts,
     questions: Mapping[str, Sequence[Question]],
     passages: Sequence[Passage],
@@ -49,7 +48,7 @@ def baselines(
     Figures are shares from 0 to 1 over the questions that have a gold passage in the corpus, at most
     ``BASELINE_QUESTIONS`` of a split. Random is the exact expectation of drawing k different passages.
     """
-    cutoffs = sorted({k for k in (1, 5, cfg.train.candidates) if k <= len(passages)})
+    cutoffs = [k for k in CUTOFFS if k <= len(passages)]
     with_gold: dict[str, list[tuple[Question, set[int]]]] = {}
     result: dict[str, Any] = {}
     for split, records in questions.items():

@@ -7,18 +7,17 @@ shared by the right answer and all options, each of which then costs its own few
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from rich.progress import track
@@ -36,6 +35,7 @@ from jmlr_jax.nn.layers import Adapters, Params
 from jmlr_jax.parallel.placement import everywhere, place_batch
 from jmlr_jax.parallel.sharding import check_rows
 
+SUMMARY, QUESTIONS = "summary.json", "questions.jsonl"  # of an evaluated arm
 Rows = list[dict[str, Any]]
 
 
@@ -58,20 +58,23 @@ class Reader:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """``summary`` is the content of ``eval/ARM.json``, ``rows`` the lines of ``eval/ARM.jsonl``; see the functions
+    """``summary`` is the content of ``summary.json``, ``rows`` the lines of ``questions.jsonl``; see the functions
     :func:`summarise_rows` and :func:`evaluate_arm`."""
 
     arm: str
     summary: dict[str, Any]
     rows: Rows
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes both files, each whole or not at all, the summary last."""
-        target = epath.Path(folder)
+    def with_retrieval(self, retrieval: dict[str, float] | None) -> ArmResult:
+        """The same with ranking metrics of what the arm retrieved, as ``retrieval`` in the summary."""
+        return replace(self, summary={**self.summary, "retrieval": retrieval})
+
+    def save(self, folder: Path) -> None:
+        """Writes both files, the summary last."""
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
         summary = json.dumps(self.summary, indent=1, allow_nan=False) + "\n"
-        for name, text in ((f"{self.arm}.jsonl", lines), (f"{self.arm}.json", summary)):
-            write_text(target / name, text)
+        for name, text in ((QUESTIONS, lines), (SUMMARY, summary)):
+            write_text(folder / name, text)
 
 
 def evaluate_arm(
@@ -128,7 +131,7 @@ def evaluate_arm(
 
 
 def summarise_rows(rows: Rows, resamples: int, seed: int = 0) -> dict[str, Any]:
-    """What ``eval/ARM.json`` says about rows of :func:`evaluate_arm`; intervals are 95% cluster bootstraps by group.
+    """What ``summary.json`` says about rows of :func:`evaluate_arm`; intervals are 95% cluster bootstraps by group.
 
     ``n``, ``groups``, ``accuracy low high`` (mean log-likelihood), ``accuracy_sum`` (summed log-likelihood), ``chance``
     (guessing; null without options), ``generation`` (``accuracy low high unparsed exact_match f1``; ``unparsed`` is a
@@ -280,7 +283,7 @@ def _run(
 def _row(
     question: Any, found: dict[str, Any], reader: Reader, prepared: Prepared, table_K: np.ndarray
 ) -> dict[str, Any]:
-    """One line of ``eval/ARM.jsonl``."""
+    """One line of ``questions.jsonl``."""
     eos = prepared.generator_ids.eos
     made = [int(token) for token in found["tokens"][: int(found["made"])]]
     text = reader.decode([token for token in made if token != eos]).strip()

@@ -1,10 +1,4 @@
-"""From the files of a run to ``report.json``, figures and one self-contained page.
-
-A run directory holds, for each phase of training, ``arms/PHASE/metrics.jsonl`` and ``speed.jsonl``; for each arm
-``eval/ARM.json`` with ``eval/ARM.jsonl`` (:mod:`jmlr_jax.evaluation.evaluate`); besides them ``eval/retriever.json``,
-``timing.json``, ``data/prepare.json`` and the resolved configuration. A run over several seeds holds such directories
-as ``seed_*``. What is not there is listed in the report under "missing"; nothing is made up for it.
-"""
+"""From the files of a run to ``report.json``, figures and one self-contained page."""
 
 from __future__ import annotations
 
@@ -13,49 +7,31 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import jinja2
 import numpy as np
-import yaml
 from etils import epath
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from jmlr_jax.config import ArmName
-from jmlr_jax.config_io import RESOLVED_NAME
 from jmlr_jax.errors import JmlrError
-from jmlr_jax.evaluation.figures import WARMUP, Curve, accuracy_figure, arm_name, retriever_figure, training_figure
+from jmlr_jax.evaluation.figures import accuracy_figure, arm_name, retriever_figure, training_figure
 from jmlr_jax.evaluation.metrics import bootstrap_interval, paired_bootstrap
+from jmlr_jax.evaluation.seed_run import ARMS, SeedRun, curves_by_metric, read_run, seed_folders
 from jmlr_jax.files import replacing, write_text
 
 PathLike = str | os.PathLike[str]
-ARMS: tuple[str, ...] = get_args(ArmName)
 _EXAMPLES = 12
 
 
-@dataclass
-class SeedRun:
-    """What one run directory holds; absent files leave their field empty and a line in ``missing``."""
-
-    name: str
-    curves: dict[str, dict[str, Curve]] = field(default_factory=dict)  # phase -> metric -> curve
-    summaries: dict[str, dict[str, Any]] = field(default_factory=dict)  # arm -> eval/ARM.json
-    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # arm -> eval/ARM.jsonl
-    retriever: dict[str, Any] = field(default_factory=dict)
-    timing: dict[str, Any] = field(default_factory=dict)
-    prepare: dict[str, Any] = field(default_factory=dict)
-    config: str = ""
-    missing: list[str] = field(default_factory=list)
-
-
-def report(run_dir: PathLike, *, resamples: int = 2000, quiet: bool = False) -> epath.Path:
+def report(run_dir: PathLike, split: str = "test", *, resamples: int = 2000, quiet: bool = False) -> epath.Path:
     """Writes ``report.json``, ``report.html`` and the figures into the run directory and prints the table of arms.
 
     Args:
       run_dir: a run directory, or one that holds several as ``seed_*``. Local or ``gs://``.
+      split: which evaluations, ``dev`` or ``test``.
       resamples: bootstrap samples of every interval.
       quiet: prints nothing.
 
@@ -64,12 +40,13 @@ def report(run_dir: PathLike, *, resamples: int = 2000, quiet: bool = False) -> 
 
     Raises:
       JmlrError: the directory does not exist.
+      ArtifactError: evaluations that do not belong together: of other questions, or of weights that are gone.
     """
     root = epath.Path(run_dir)
     if not root.is_dir():
         raise JmlrError(f"{root}: no such run directory; `jmlr run --run-dir {root}` makes one")
-    runs = [read_run(folder, folder.name) for folder in _seed_folders(root)]
-    summary = summarise(runs, resamples)
+    runs = [read_run(folder, folder.name, split) for folder in seed_folders(root)]
+    summary = summarise(runs, resamples, split)
     figures = {
         "accuracy.png": accuracy_figure(summary["arms"], summary.get("chance")) if summary["arms"] else None,
         "training.png": training_figure(curves_by_metric(runs)),
@@ -87,35 +64,14 @@ def report(run_dir: PathLike, *, resamples: int = 2000, quiet: bool = False) -> 
     return root / "report.html"
 
 
-def read_run(folder: epath.Path, name: str) -> SeedRun:
-    """Reads one run directory; see :class:`SeedRun`."""
-    run = SeedRun(name)
-    config = folder / RESOLVED_NAME
-    if config.exists():
-        run.config = config.read_text()
-    else:
-        run.missing.append(f"{name}: {RESOLVED_NAME}")
-    run.retriever = _read_json(folder / "eval" / "retriever.json", run)
-    run.timing = _read_json(folder / "timing.json", run)
-    run.prepare = _read_json(folder / "data" / "prepare.json", run)
-    for arm in _expected_arms(run.config):
-        run.summaries |= {arm: found} if (found := _read_json(folder / "eval" / f"{arm}.json", run)) else {}
-        run.rows |= {arm: rows} if (rows := _read_jsonl(folder / "eval" / f"{arm}.jsonl", run)) else {}
-    arms = folder / "arms"
-    for path in sorted(arms.iterdir()) if arms.is_dir() else ():
-        logged = [row for name in ("metrics.jsonl", "speed.jsonl") for row in _read_jsonl(path / name, run)]
-        run.curves[path.name] = _curves(logged)
-    return run
-
-
-def summarise(runs: Sequence[SeedRun], resamples: int = 2000) -> dict[str, Any]:
+def summarise(runs: Sequence[SeedRun], resamples: int = 2000, split: str = "test") -> dict[str, Any]:
     """The content of ``report.json``.
 
     ``arms``: for each evaluated arm ``accuracy`` (mean over seeds), ``low high`` (95% cluster bootstrap over the
     pooled questions), ``n`` and ``unparsed`` (sums over seeds), ``generation_accuracy`` with its interval, ``nll`` and
     ``nll_gain`` (of reading passages over none), ``by_kind``, ``per_seed``. ``differences``: JMLR minus each other arm
     on the questions both answered, paired, with ``low high p``. ``retriever``: metric -> ``before after``, and
-    ``retriever_by_arm``. ``seeds``, ``seconds`` (means over seeds), ``chance``, ``missing``.
+    ``retriever_by_arm``. ``seeds``, ``split``, ``seconds`` (means over seeds), ``chance``, ``missing``.
     """
     missing = [line for run in runs for line in run.missing]
     arms = {}
@@ -128,8 +84,9 @@ def summarise(runs: Sequence[SeedRun], resamples: int = 2000) -> dict[str, Any]:
     return {
         "arms": arms,
         "retriever": _retriever(runs),
-        "retriever_by_arm": _mean_tree([run.retriever.get("arms", {}) for run in runs]),
+        "retriever_by_arm": _mean_tree([_retrieval(run) for run in runs]),
         "seeds": len(runs),
+        "split": split,
         "seconds": seconds,
         "differences": _differences(runs, resamples),
         "chance": _mean(chances),
@@ -158,87 +115,6 @@ def render(summary: Mapping[str, Any], runs: Sequence[SeedRun], figures: Mapping
         statistics=[(run.name, _flat(run.prepare)) for run in runs if run.prepare],
         examples=_examples(runs),
     )
-
-
-# --- reading ---------------------------------------------------------------------------------------------------
-
-
-def _seed_folders(root: epath.Path) -> list[epath.Path]:
-    folders = [path for path in root.iterdir() if path.name.startswith("seed_") and path.is_dir()]
-
-    def order(path: epath.Path) -> tuple[float, str]:
-        number = path.name.removeprefix("seed_")
-        return (float(number) if number.isdecimal() else math.inf, path.name)
-
-    return sorted(folders, key=order) or [root]
-
-
-def _expected_arms(config: str) -> tuple[str, ...]:
-    """Arms that the run was to evaluate, all of them if its configuration does not say."""
-    try:
-        named = yaml.safe_load(config)["eval"]["arms"]
-    except (yaml.YAMLError, TypeError, KeyError):
-        return ARMS
-    return tuple(arm for arm in ARMS if arm in named)
-
-
-def _read_json(path: epath.Path, run: SeedRun) -> dict[str, Any]:
-    place = f"{run.name}: {path.parent.name}/{path.name}"
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        run.missing.append(place)
-    except ValueError as error:
-        run.missing.append(f"{place} (not readable: {error})")
-    else:
-        if isinstance(content, dict):
-            return content
-        run.missing.append(f"{place} (expected an object, got {type(content).__name__})")
-    return {}
-
-
-def _read_jsonl(path: epath.Path, run: SeedRun) -> list[dict[str, Any]]:
-    place = f"{run.name}: {path.parent.name}/{path.name}"
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        run.missing.append(place)
-        return []
-    rows = []
-    broken = 0
-    for line in filter(str.strip, lines):
-        try:
-            row = json.loads(line)
-        except ValueError:  # a run stopped in the middle of a line
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            broken += 1
-    if broken:
-        run.missing.append(f"{place} ({broken} unreadable line{'s' * (broken > 1)} left out)")
-    return rows
-
-
-def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
-    """Metric -> curve; a step logged twice (resumed training) counts as logged last."""
-    points: dict[str, dict[int, float]] = {}
-    for row in rows:
-        for metric, value in row.items():
-            if metric != "step" and isinstance(value, int | float) and isinstance(row.get("step"), int):
-                points.setdefault(metric, {})[row["step"]] = float(value)
-    return {metric: sorted(by_step.items()) for metric, by_step in points.items()}
-
-
-def curves_by_metric(runs: Sequence[SeedRun]) -> dict[str, dict[str, list[Curve]]]:
-    """Metric -> phase -> a curve of each seed; the warm-up reads something else than the arms and stands apart."""
-    by_metric: dict[str, dict[str, list[Curve]]] = {}
-    for run in runs:
-        for phase, curves in run.curves.items():
-            for metric, curve in curves.items():
-                name = f"{WARMUP}/{metric}" if phase == WARMUP else metric
-                by_metric.setdefault(name, {}).setdefault(phase, []).append(curve)
-    return by_metric
 
 
 # --- adding up -------------------------------------------------------------------------------------------------
@@ -310,9 +186,16 @@ def _differences(runs: Sequence[SeedRun], resamples: int) -> dict[str, dict[str,
 
 def _retriever(runs: Sequence[SeedRun]) -> dict[str, dict[str, float]]:
     """metric -> {before, after}, means over the seeds that have it."""
-    means = {when: _mean_tree([run.retriever.get(when, {}) for run in runs]) for when in ("before", "after")}
+    found = {"before": [run.initial.get("retrieval") or {} for run in runs]}
+    found["after"] = [_retrieval(run).get("jmlr", {}) for run in runs]
+    means = {when: _mean_tree(trees) for when, trees in found.items()}
     metrics = [m for m in dict.fromkeys([*means["before"], *means["after"]]) if m != "n"]
     return {metric: {when: means[when][metric] for when in means if metric in means[when]} for metric in metrics}
+
+
+def _retrieval(run: SeedRun) -> dict[str, dict[str, float]]:
+    """arm -> ranking metrics of what it retrieved."""
+    return {arm: found for arm, summary in run.summaries.items() if (found := summary.get("retrieval"))}
 
 
 def _mean(values: Any) -> float | None:

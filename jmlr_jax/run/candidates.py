@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,24 @@ def fixed_table(run: Run, source: PassageSource, split: str, k: int, retriever: 
     if source == "bm25":
         return bm25_table(run, split, k)
     return retrieve(run, retriever_index(run, retriever), retriever, split, np.arange(count), k)
+
+
+def kept_tables(file: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Tables that a phase began with, by split: made once, so that a resumed phase reads the very same ones.
+
+    Building an index is not deterministic everywhere, and the same weights can give it other hits. Every process must
+    call it.
+    """
+    if from_first(file.exists):
+        return dict(np.load(file, allow_pickle=False))
+    tables = make()
+    on_first(lambda: _save(file, tables))
+    return tables
+
+
+def _save(file: Path, tables: dict[str, np.ndarray]) -> None:
+    with replacing(file) as out:
+        np.savez(out, allow_pickle=False, **tables)
 
 
 def bm25_table(run: Run, split: str, k: int, with_answer: bool = False) -> np.ndarray:
@@ -162,7 +181,7 @@ class Candidates:
         made = future.result()
         if not from_first(lambda: "train" in made):
             made = self._mix(step, made)
-            on_first(lambda: self._save(step, made))
+            on_first(lambda: _save(self._file(step), made))
         elif "train" not in made:  # process 0 has found the file
             made = dict(np.load(self._file(step)))
         finished: Future[dict[str, np.ndarray]] = Future()
@@ -181,10 +200,6 @@ class Candidates:
         check_same(f"the candidate table of step {step}", digest, "a fault; please report it with both outputs")
         made = {"rows": found["rows"], "train": train, "dev": dev, "top": top[:, :1]}
         return made | {"fingerprint": found["fingerprint"]}
-
-    def _save(self, step: int, made: dict[str, np.ndarray]) -> None:
-        with replacing(self._file(step)) as out:
-            np.savez(out, allow_pickle=False, **made)
 
     def _mixed(self, split: str, retrieved: np.ndarray, rows: np.ndarray, step: int) -> np.ndarray:
         """Candidates from all three sources, METHOD's K; see ``MixConfig``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from jmlr_jax.retrieval.saved import share_fingerprint, share_folder
 from jmlr_jax.retrieval.shards import best_of_all, share_of
 from jmlr_jax.retrieval.store import Index, IndexUnusable, open_index, params_fingerprint, passage_digests
 from jmlr_jax.retrieval.vectors import TokenVectors, drawn_rows
+from jmlr_jax.run.artifact import RECORD, Recipe
 from jmlr_jax.run.open import DataError, Run
+from jmlr_jax.run.recipes import index_recipe
 
 UPDATE_BELOW = 0.3  # an index is built anew where more of its entries would be new or dead, outside code and tuning
-
-
 DIGEST_CHUNK = 8192  # passages read at once
 
 
@@ -38,10 +38,10 @@ def index_folder(run: Run, name: str) -> Path:
 
 
 def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool = False) -> Index:
-    """An index of the corpus as this retriever encodes it; a saved one of the same weights and corpus is opened.
+    """An index of the corpus as this retriever encodes it; one that was saved by an equal recipe is opened.
 
-    One of the same weights and an earlier corpus is brought up to date where not too much has changed: only passages
-    that it does not hold are encoded. Nothing else can be kept: other weights give other vectors for every passage.
+    One of an equal recipe but for the corpus is brought up to date where not too much has changed: only passages that
+    it does not hold are encoded. Nothing else can be kept: other weights give other vectors for every passage.
 
     Of several processes each encodes and indexes its own share of the passages, on its own devices and without a word
     to the others, so that this may run in a thread beside training.
@@ -67,35 +67,66 @@ def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool
         )
 
     model = params_fingerprint(jax.device_get(retriever))
-    found = sorted(run.directory.glob(str(index_folder(run, "*").relative_to(run.directory) / "card.json")))
-    for wanted in (corpus, None):
-        for saved in found:
-            try:
-                index = open_index(saved.parent, model, wanted)
-            except IndexUnusable:
-                continue  # of another retriever, or of another corpus
-            if wanted is not None:
-                return index
-            digests = _digests(run, passages)
-            if changed_share(index, digests) <= UPDATE_BELOW:
-                with _alone(run):
-                    return update_index(index, digests, encode_rows, corpus_fingerprint=corpus)
+    for folder, same_corpus in _saved(run, model):
+        try:
+            index = open_index(folder, model, corpus if same_corpus else None)
+        except IndexUnusable:
+            continue  # damaged; `jmlr search` says so
+        if same_corpus:
+            return index
+        digests = _digests(run, passages)
+        if changed_share(index, digests) <= UPDATE_BELOW:
+            with _alone(run):
+                return update_index(index, digests, encode_rows, corpus_fingerprint=corpus)
     cfg, prepared = run.cfg, run.prepared
     with _alone(run):
         # Drawn: files are often sorted by source or kind, and an index tuned on one kind finds less for the others.
         rows = drawn_rows(len(prepared.questions("train")), cfg.index.oracle_queries, cfg.seed)
-        asked = np.concatenate(list(query_vectors(run, retriever, "train", rows)))
+        asked = list(query_vectors(run, retriever, "train", rows))
         return build_index_streamed(
             encode_rows,
             len(passages),
             cfg.index,
             model_fingerprint=model,
             corpus_fingerprint=corpus,
-            sample_q_NxQxC=asked,
+            sample_q_NxQxC=np.concatenate(asked) if asked else np.zeros((0, 1, run.retriever.dim), np.float32),
             recall_at=(cfg.train.candidates,),
             seed=cfg.seed,
             digests_Nx16=_digests(run, passages) if keep else None,
         )
+
+
+def _saved(run: Run, model: str) -> list[tuple[Path, bool]]:
+    """Saved indexes of these weights, and whether they are of this corpus; those that are first."""
+    found = []
+    for record in sorted(run.directory.glob(str(index_folder(run, "*").relative_to(run.directory) / RECORD))):
+        asked, made = index_recipe(run.cfg, run.fingerprints, record.parent, model), Recipe.read(record.parent)
+        if made is not None and made.keys == asked.keys:
+            other = {name for name, digest in asked.inputs.items() if made.inputs.get(name) != digest}
+            if other <= {"passages"}:
+                found.append((record.parent, not other))
+    return sorted(found, key=lambda item: not item[1])
+
+
+def keep_index(run: Run, name: str, retriever: Any, said: Callable[[str], object], progress: bool = False) -> Index:
+    """Makes the index ``index/NAME`` of a retriever, or finds it made by an equal recipe.
+
+    Args:
+      retriever: of :func:`jmlr_jax.parallel.placement.own_arrays`.
+      said: takes a line for each difference from an index that is replaced.
+    """
+    folder = index_folder(run, name)
+    recipe = index_recipe(run.cfg, run.fingerprints, folder, params_fingerprint(jax.device_get(retriever)))
+    made = Recipe.read(folder)
+    differ = None if made is None else recipe.differences(made)
+    for line in differ or ():
+        said(f"{folder}: made again, {line}")
+    index = retriever_index(run, retriever, progress, keep=True)
+    if differ != [] or not index.card.state.name:
+        (folder / RECORD).unlink(missing_ok=True)  # until the new one is whole, none is found by its recipe
+        index.save(folder)
+        recipe.write()
+    return index
 
 
 def _digests(run: Run, passages: range) -> np.ndarray:
@@ -112,7 +143,7 @@ def _digests(run: Run, passages: range) -> np.ndarray:
 
 def _share(run: Run) -> tuple[range, str]:
     """Passages that this process indexes, and the fingerprint of that part of the corpus."""
-    count, whole = len(run.prepared.passages), run.prepared.card["fingerprints"]["corpus"]
+    count, whole = len(run.prepared.passages), run.fingerprints["passages"]
     if count < jax.process_count():
         raise DataError(f"{count} passages cannot be shared among {jax.process_count()} processes; start fewer")
     rows = share_of(count, jax.process_index(), jax.process_count())

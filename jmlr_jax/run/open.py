@@ -31,6 +31,8 @@ from jmlr_jax.parallel.distributed import DistributedError, check_same, gather, 
 from jmlr_jax.parallel.sharding import make_mesh, shardings
 from jmlr_jax.retrieval.bm25 import BM25
 from jmlr_jax.retrieval.vectors import drawn_rows
+from jmlr_jax.run.artifact import ArtifactError, Recipe, refuse
+from jmlr_jax.run.recipes import data_recipe
 
 Weights = dict[str, Any]
 
@@ -46,19 +48,17 @@ class Run:
 
     @classmethod
     def open(cls, cfg: Config) -> Run:
-        """Opens a prepared run directory; the first call saves the configuration there.
-
-        Several processes open the same directory together.
+        """Opens a prepared run directory; several processes open the same one together.
 
         Raises:
           DistributedError: they were started with different configurations, or do not see the same directory.
           FileNotFoundError: `jmlr prepare` has not run.
-          ConfigError: the directory belongs to another configuration.
+          ArtifactError: the data were prepared with other values or from other files.
           ShardingError: the mesh does not fit the devices.
         """
         directory = Path(cfg.run_dir).absolute()
         check_same("the configuration", config_io.to_yaml(cfg), "start the same command in every process")
-        on_first(lambda: _check_and_save(cfg, directory))
+        on_first(lambda: _check_data(cfg, directory / "data"))
         sees = gather((directory / "data" / CARD).is_file())
         if not all(sees):
             raise DistributedError(
@@ -66,6 +66,12 @@ class Run:
                 "is one folder that all processes share (docs/tpu.md)"
             )
         return cls(cfg, directory, Prepared.open(directory / "data"), make_mesh(cfg.mesh))
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Digests of the prepared data, by name, for recipes."""
+        found: dict[str, str] = self.prepared.card["fingerprints"]
+        return found
 
     @cached_property
     def retriever(self) -> RetrieverConfig:
@@ -176,13 +182,19 @@ class Run:
                 _add_seconds(path, (name, "total"), time.monotonic() - start)
 
 
-def _check_and_save(cfg: Config, directory: Path) -> None:
-    """Saves the configuration in a prepared directory; refuses one of another configuration."""
-    saved = directory / config_io.RESOLVED_NAME
-    if saved.exists():
-        config_io.check_resume(config_io.load(str(saved)), cfg, str(saved))
-    Prepared.open(directory / "data")
-    config_io.save_resolved(cfg, saved)
+def _check_data(cfg: Config, folder: Path) -> None:
+    """Refuses prepared data that are not those of the configuration."""
+    Prepared.open(folder)
+    made = Recipe.read(folder)
+    if made is None:
+        raise ArtifactError(f"{folder}: prepared by an earlier version of jmlr; run `jmlr prepare` again")
+    asked = data_recipe(cfg, folder, made)
+    refuse(
+        asked,
+        asked.differences(made),
+        f"give the values that the data were prepared with ({folder.parent / config_io.RESOLVED_NAME} has them all: "
+        "leave out --config), or run `jmlr prepare` with these",
+    )
 
 
 def _add_seconds(path: Path, names: tuple[str, ...], more: float) -> None:

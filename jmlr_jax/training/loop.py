@@ -20,13 +20,13 @@ from jmlr_jax.config import OptimizerConfig
 from jmlr_jax.data.batches import Batch, assemble, question_stream
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.method.step import StepSpec, init_state, live_retriever, make_step, reading_loss
-from jmlr_jax.parallel.distributed import Stop, from_first, on_first
+from jmlr_jax.parallel.distributed import Stop, on_first
 from jmlr_jax.parallel.placement import everywhere, own_arrays, place_batch, rows_held
 from jmlr_jax.parallel.sharding import check_rows
-from jmlr_jax.run.candidates import Candidates, fixed_table
+from jmlr_jax.run.candidates import Candidates, fixed_table, kept_tables
 from jmlr_jax.run.open import Run, Weights
 from jmlr_jax.run.phases import Phase
-from jmlr_jax.run.weights import phase_steps, phase_weights, save_weights
+from jmlr_jax.run.weights import begin, is_trained, phase_folder, phase_steps, phase_weights, save_weights
 from jmlr_jax.training.checkpoint import DEV_LOSS, Checkpoints
 from jmlr_jax.training.metrics_log import MetricsLog
 from jmlr_jax.training.optimizer import make_optimizer, state_shardings, trainable_counts
@@ -62,10 +62,12 @@ def train_phase(run: Run, phase: Phase, console: Console) -> Path:
     """Trains a phase to its end and returns the directory of its final weights; a finished phase is left alone.
 
     Raises:
+      ArtifactError: it was begun with other values or on other data.
       TrainingStopped: SIGTERM came (a checkpoint was saved), or too many updates in a row were not finite.
     """
-    folder = run.directory / "arms" / phase.name
-    if from_first((folder / "weights").exists):
+    folder = phase_folder(run, phase.name)
+    begin(run, phase)
+    if is_trained(run, phase.name):
         return folder / "weights"
     with jax.set_mesh(run.mesh), run.timed("train"):
         _train(run, phase, folder, console)
@@ -158,8 +160,12 @@ def _build(run: Run, phase: Phase, folder: Path, steps: int, console: Console) -
     elif phase.passages == "mixed":
         tables = {"dev": fixed_table(run, "bm25", "dev", passages)}
     else:
-        own = own_arrays(weights["retriever"], run.mesh) if phase.passages == "retriever" else None
-        tables = {s: fixed_table(run, phase.passages, s, max(passages, 1), own) for s in ("train", "dev")}
+
+        def made() -> dict[str, np.ndarray]:
+            own = own_arrays(weights["retriever"], run.mesh) if phase.passages == "retriever" else None
+            return {s: fixed_table(run, phase.passages, s, max(passages, 1), own) for s in ("train", "dev")}
+
+        tables = kept_tables(folder / "tables" / "fixed.npz", made)
     optimizer = make_optimizer(train, steps)
     placed = _state_shardings(run, params, optimizer)
     key = jax.random.PRNGKey(cfg.seed)

@@ -1,0 +1,105 @@
+"""Evaluates the trained arms of a run, and how its retrievers rank, into ``eval/SPLIT/ARM``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jmlr_jax.data.tokenizers import load_tokenizer
+from jmlr_jax.evaluation.evaluate import SUMMARY, Reader, evaluate_arm
+from jmlr_jax.evaluation.metrics import ranking_summary
+from jmlr_jax.files import write_text
+from jmlr_jax.nn import lora
+from jmlr_jax.parallel import distributed
+from jmlr_jax.parallel.distributed import shows_progress
+from jmlr_jax.run.artifact import Recipe, artifact, changes
+from jmlr_jax.run.candidates import fixed_table
+from jmlr_jax.run.open import Run
+from jmlr_jax.run.phases import PHASES, trained_retriever
+from jmlr_jax.run.recipes import evaluation_recipe, retrieval_recipe
+from jmlr_jax.run.weights import INITIAL, digests, phase_weights, retriever_of, trained
+
+
+def evaluate_arms(run: Run, arms: Sequence[str]) -> None:
+    """Evaluates arms on ``eval.split``, and the retriever that they began with; what is there already is left alone.
+
+    Raises:
+      DataError: an arm has not been trained to its end.
+      ArtifactError: its weights do not belong to the run as it is now.
+    """
+    cfg, split = run.cfg, run.cfg.eval.split
+    if any(run.gold(split)):
+        made = retrieval_recipe(cfg, run.fingerprints, split, INITIAL)
+        _unless_made(run, made, partial(_initial, run))
+    for arm in arms:
+        made = evaluation_recipe(cfg, run.fingerprints, split, arm, digests(run, arm))
+        _unless_made(run, made, partial(_arm, run, arm))
+
+
+def _unless_made(run: Run, recipe: Recipe, measure: Callable[[], Callable[[Path], None]]) -> None:
+    """Measures in all processes, and writes in the first, unless an equal recipe has made it."""
+    console = distributed.console()
+    if changes(recipe) == []:
+        console.print(f"{recipe.folder}: evaluated already, from the same")
+        return
+    with jax.set_mesh(run.mesh), run.timed("eval"):
+        artifact(recipe, measure(), console.print)
+
+
+def _arm(run: Run, arm: str) -> Callable[[Path], None]:
+    """How an arm answers and retrieves; the result writes it into a folder."""
+    cfg, phase = run.cfg, PHASES[arm]
+    weights = phase_weights(run, phase)
+    weights["generator"] = trained(run, arm, "generator")
+    adapters = cfg.generator.lora
+    reader = Reader(
+        params=weights["generator"] if adapters is None else lora.complete(weights["base"], weights["generator"]),
+        cfg=run.llama,
+        decode=_decoder(run),
+        adapters=None if adapters is None else lora.bind(weights["generator"], adapters),
+    )
+    source = "retriever" if phase.passages == "live" else phase.passages
+    retriever = retriever_of(run, trained_retriever(arm)) if source == "retriever" else None
+    retrieval, ranked = _ranking(run, source, retriever)
+    read = cfg.train.read_passages
+    # Of chance passages the first of many are not those of few; and of equal scores an index may return any.
+    table = ranked[:, :read] if source == "bm25" else fixed_table(run, source, cfg.eval.split, read, retriever)
+    progress = shows_progress(distributed.console())
+    result = evaluate_arm(arm, reader, run.prepared, cfg.eval.split, table, cfg, mesh=run.mesh, progress=progress)
+    return result.with_retrieval(retrieval).save
+
+
+def _initial(run: Run) -> Callable[[Path], None]:
+    """How the retriever ranks before any training."""
+    retrieval, _ = _ranking(run, "retriever", retriever_of(run, None))
+    text = json.dumps({"arm": INITIAL, "split": run.cfg.eval.split, "retrieval": retrieval}, indent=1)
+    return lambda folder: write_text(folder / SUMMARY, text + "\n")
+
+
+def _ranking(run: Run, source: Any, retriever: Any) -> tuple[dict[str, float] | None, np.ndarray]:
+    """Ranking metrics of a source of passages, None where nothing is retrieved or judged, and the ranking."""
+    cfg, gold = run.cfg, run.gold(run.cfg.eval.split)
+    depth = max(10, cfg.train.read_passages, *cfg.eval.recall_at)
+    ranked = fixed_table(run, source, cfg.eval.split, depth, retriever)
+    if source == "none" or not any(gold):
+        return None, ranked
+    return ranking_summary(ranked, _padded(gold), cfg.eval.recall_at), ranked
+
+
+def _padded(gold: list[list[int]]) -> np.ndarray:
+    """Gold rows as int32 [N, G], -1 padding."""
+    table = np.full((len(gold), max(1, *(len(g) for g in gold))), -1, np.int32)
+    for i, rows in enumerate(gold):
+        table[i, : len(rows)] = rows
+    return table
+
+
+def _decoder(run: Run) -> Callable[[Sequence[int]], str]:
+    tokenizer = load_tokenizer(run.prepared.tokenizer_dir("generator"))
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -1,0 +1,168 @@
+"""What a folder of a run was made from, and whether that is still what is asked for.
+
+A recipe names the folder it makes, the configuration keys it reads and the digests of what else it reads. Beside each
+artifact lies its recipe as ``made_from.json``, written last: a folder without one is not finished. An artifact is
+found again only by an equal recipe; any difference is named, by key or input, with what mends it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jmlr_jax.errors import JmlrError
+from jmlr_jax.files import write_text
+from jmlr_jax.parallel.distributed import from_first, on_first
+
+RECORD = "made_from.json"
+FORMAT = 1  # raise when what artifacts hold changes its form
+
+
+class ArtifactError(JmlrError):
+    """An artifact that was made from something else than what is asked for, or never finished."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an artifact is made.
+
+    Attributes:
+      folder: what it makes.
+      keys: dotted configuration key -> value, JSON; those that shape the artifact and no others.
+      inputs: name of something read -> its digest: files, or other artifacts.
+      places: where inputs lay, for the reader of the record; another place with the same content is no difference.
+    """
+
+    folder: Path
+    keys: Mapping[str, Any]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    places: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of keys and inputs: what other recipes name this artifact by."""
+        text = json.dumps([FORMAT, dict(self.keys), dict(self.inputs)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @classmethod
+    def read(cls, folder: Path) -> Recipe | None:
+        """The recipe that `folder` was made by; None where there is no finished artifact.
+
+        Raises:
+          ArtifactError: the record is damaged, or of another version of this program.
+        """
+        path = folder / RECORD
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            recipe = cls(folder, found["keys"], found["inputs"], found["places"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{path}: not a record ({error!r}); remove {folder} to make it again") from None
+        if found.get("format") != FORMAT or found.get("digest") != recipe.digest:
+            raise ArtifactError(
+                f"{path}: changed since it was written, or of another version of jmlr; remove {folder} to make it again"
+            )
+        return recipe
+
+    def write(self, folder: Path | None = None) -> None:
+        """Writes the record, into `folder` if the artifact still lies elsewhere."""
+        found = {"format": FORMAT, "digest": self.digest, "keys": self.keys, "inputs": self.inputs}
+        text = json.dumps({**found, "places": self.places}, indent=1, ensure_ascii=False)
+        write_text((folder or self.folder) / RECORD, text + "\n")
+
+    def differences(self, other: Recipe) -> list[str]:
+        """One line for each key and input that differs from the recipe `other`, which made what is there."""
+        said = []
+        for key in dict.fromkeys((*other.keys, *self.keys)):
+            old, new = (recipe.keys.get(key, _ABSENT) for recipe in (other, self))
+            if old != new:
+                said.append(f"{key} was {_shown(old)}, now {_shown(new)}")
+        for name in dict.fromkeys((*other.inputs, *self.inputs)):
+            old, new = (recipe.inputs.get(name) for recipe in (other, self))
+            if old != new:
+                place = self.places.get(name, other.places.get(name))
+                what = f"{name} ({place})" if place else name
+                said.append(f"{what} " + ("is new" if old is None else "is gone" if new is None else "has changed"))
+        return said
+
+
+def changes(recipe: Recipe) -> list[str] | None:
+    """How `recipe` differs from what made its folder; none if they are equal, None if nothing is there.
+
+    Of several processes the first looks.
+    """
+
+    def look() -> list[str] | None:
+        old = recipe.folder.with_name(f".{recipe.folder.name}.old")
+        if old.exists() and not recipe.folder.exists():  # killed between the two moves of `_make`
+            old.rename(recipe.folder)
+        made = Recipe.read(recipe.folder)
+        return None if made is None else recipe.differences(made)
+
+    found: list[str] | None = from_first(look)
+    return found
+
+
+def refuse(recipe: Recipe, differ: list[str], remedy: str) -> None:
+    """Raises ArtifactError with a line for each difference, and the remedy; without differences, nothing."""
+    if differ:
+        raise ArtifactError("\n".join([*(f"{recipe.folder}: {line}" for line in differ), remedy]))
+
+
+def artifact(recipe: Recipe, make: Callable[[Path], None], said: Callable[[str], object] = lambda line: None) -> bool:
+    """Makes an artifact whole or not at all, unless it is there already; of several processes the first makes it.
+
+    One that was made by another recipe is replaced, and every difference said: callers refuse first where something
+    else was made from it.
+
+    Args:
+      make: fills the empty folder it is given.
+      said: takes a line for each difference from what is replaced.
+
+    Returns:
+      Whether it was made now.
+
+    Raises:
+      OSError: the disk; what was there before stays.
+    """
+    differ = changes(recipe)
+    if differ == []:
+        return False
+    for line in differ or ():
+        said(f"{recipe.folder}: made again, {line}")
+    on_first(lambda: _make(recipe, make))
+    return True
+
+
+def _make(recipe: Recipe, make: Callable[[Path], None]) -> None:
+    folder = recipe.folder
+    part, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
+    for left in (part, old):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    fresh = [parent for parent in part.parents if not parent.exists()]
+    part.mkdir(parents=True)
+    try:
+        make(part)
+        recipe.write(part)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        for parent in fresh:
+            parent.rmdir()
+        raise
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+_ABSENT = object()
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is _ABSENT else json.dumps(value, ensure_ascii=False)
