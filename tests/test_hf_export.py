@@ -91,7 +91,6 @@ def test_greedy_answers_are_those_of_transformers(name: str, tmp_path: Path, tok
         cfg,
         jnp.asarray(prompt_BxT),
         jnp.asarray(length_B),
-        jax.random.key(0),
         max_new=8,
         eos_id=ids.eos,
         adapters=bind(lora.tree, lora.cfg),

@@ -262,7 +262,7 @@ def test_a_run_that_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         table[row, : len(prompt)] = prompt
     adapters = bind(end["generator"], cfg.lora)
     asked = {"max_new": cfg.answer_length, "eos_id": run.prepared.generator_ids.eos, "adapters": adapters}
-    tokens, made = generate(start["base"], run.llama, table, length, jax.random.key(0), **asked)
+    tokens, made = generate(start["base"], run.llama, table, length, **asked)
     hidden = F.llama_hidden(start["base"], run.llama, table[:2], length[:2], adapters=adapters)
     ours = np.asarray(F.llama_logits(start["base"], run.llama, hidden, adapters=adapters))
 

@@ -235,9 +235,7 @@ def evaluate_batch(
     )
     answer_Bx1xA, answer_len_Bx1 = batch["option_ids_BxOxA"][:, :1], batch["option_len_BxO"][:, :1]
     none_Bx1 = score(bare_BxT, bare_len_B, answer_Bx1xA, answer_len_Bx1)
-    tokens_BxA, made_B = generate(
-        params, cfg, prompt_BxT, length_B, jax.random.key(0), max_new=A, eos_id=ids.eos, adapters=adapters
-    )
+    tokens_BxA, made_B = generate(params, cfg, prompt_BxT, length_B, max_new=A, eos_id=ids.eos, adapters=adapters)
     found = {"nll": nll_BxO, "nll_none": none_Bx1[:, 0], "tokens": tokens_BxA, "made": made_B, "dropped": dropped_B}
     # On every device, so that each host of a pod can read all of them.
     return found if everywhere is None else jax.lax.with_sharding_constraint(found, everywhere)
