@@ -27,7 +27,7 @@ import retrieval_vectors as source
 from jmlr_jax.config import IndexConfig
 from jmlr_jax.evaluation.metrics import bootstrap_interval
 from jmlr_jax.retrieval.bm25 import BM25
-from jmlr_jax.retrieval.build import build_index_streamed
+from jmlr_jax.retrieval.build import build_index
 from jmlr_jax.retrieval.exact import ExactIndex, ExactSearch
 from jmlr_jax.retrieval.fusion import reciprocal_rank
 from jmlr_jax.retrieval.store import open_index
@@ -168,7 +168,7 @@ def ours(world: World, cfg: IndexConfig, recalls: list[float], folder: Path) -> 
     It is tuned on questions that are not measured.
     """
     start = time.perf_counter()
-    index = build_index_streamed(
+    index = build_index(
         world.encode_rows,
         len(world.passages),
         cfg,

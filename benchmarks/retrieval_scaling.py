@@ -34,7 +34,7 @@ from retrieval import PIECE, TOP, TUNING, World
 from scipy.optimize import nnls
 
 from jmlr_jax.config import IndexConfig
-from jmlr_jax.retrieval.build import build_index_streamed
+from jmlr_jax.retrieval.build import build_index
 from jmlr_jax.retrieval.code import KMEANS_ROUNDS, TOKENS_PER_CENTROID, centroid_count
 from jmlr_jax.retrieval.scann import SAMPLE_PASSAGES, SAMPLE_TOKENS, ScannIndex, settings
 from jmlr_jax.retrieval.store import open_index
@@ -103,7 +103,7 @@ def measure(grown: Grown, questions: int, overrides: dict[str, str]) -> dict[str
     cfg = IndexConfig.model_validate({"kind": "scann", "rerank": 2000, "oracle_queries": TUNING, **overrides})
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    index = build_index_streamed(
+    index = build_index(
         grown.encode_rows,
         grown.total,
         cfg,

@@ -59,7 +59,8 @@ def scann_index(vectors, cfg, how=None):
 
 def build(vectors, q, kind="scann", digests=None, **changes):
     return build_index(
-        vectors,
+        lambda rows: (vectors.rows(part) for part in np.array_split(rows, 3) if len(part)),
+        len(vectors),
         CFG.model_copy(update={"kind": kind, **changes}),
         digests_Nx16=digests,
         model_fingerprint="model-a",

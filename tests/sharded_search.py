@@ -1,15 +1,18 @@
 """One process of a sharded search; tests/test_shards.py runs ``sharded_search.py ADDRESS ID COUNT OUT``."""
 
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
-from indexes import CFG, clustered
+from indexes import build, clustered
 
-from jmlr_jax.retrieval.shards import ShardedIndex
+from jmlr_jax.parallel.distributed import gather
+from jmlr_jax.retrieval.saved import SavedIndex, share_fingerprint, share_folder
+from jmlr_jax.retrieval.shards import share_of
 
-PASSAGES, QUESTIONS, K = 203, 70, 6
-CASES = {"exact": {"kind": "exact"}, "float16": {"bits": 16}, "coded": {"bits": 4}}
+PASSAGES, QUESTIONS, K = 203, 20, 6
+KINDS = ("exact", "scann")
 
 
 def allowed_rows() -> np.ndarray:
@@ -18,20 +21,22 @@ def allowed_rows() -> np.ndarray:
 
 
 def main() -> None:
-    """Builds and searches every case; process i writes what it got."""
-    address, number, count, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    """Builds and saves this process's share of every kind of index, asks all shares; process i writes what it got."""
+    address, number, count, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     jax.distributed.initialize(address, count, number)
     vectors, q = clustered(PASSAGES, QUESTIONS)
-
-    def encode(rows: np.ndarray):
-        return [vectors.rows(part) for part in np.array_split(rows, 2) if len(part)]
-
+    rows = share_of(PASSAGES, number, count)
     found = {}
-    for name, changes in CASES.items():
-        index = ShardedIndex.build(encode, PASSAGES, CFG.model_copy(update=changes))
-        found[f"{name}/rows"], found[f"{name}/scores"] = index.search(q, K)
-        found[f"{name}/filtered"], _ = index.search(q, K, allowed_rows())
-        found[f"{name}/size"] = np.array([len(index), len(index.own)])
+    for kind in KINDS:
+        index = build(vectors.rows(slice(rows.start, rows.stop)), q, kind, rerank=PASSAGES)
+        fingerprint = share_fingerprint("corpus-a", rows, PASSAGES)
+        index.card = index.card.model_copy(update={"corpus_fingerprint": fingerprint})
+        index.save(share_folder(out / kind, number, count))
+        gather("saved")
+        opened = SavedIndex.open(out / kind, "model-a", "corpus-a", PASSAGES)
+        found[f"{kind}/held"] = np.array([len(share) for share, _ in opened.held])
+        found[f"{kind}/rows"], found[f"{kind}/scores"] = opened.search(q, K)
+        found[f"{kind}/filtered"], _ = opened.search(q, K, allowed_rows())
     np.savez(f"{out}/{number}.npz", **found)
     jax.distributed.shutdown()
 

@@ -43,7 +43,6 @@ class BM25:
         if len(texts) == 0:
             raise ValueError("BM25 needs at least one passage; the corpus is empty")
         self._stemmer = Stemmer.Stemmer("english")
-        self._size = len(texts)
         words = self._words(texts)
         self._index: bm25s.BM25 | None = None
         if any(words):  # a corpus of stop words alone has nothing to index; every search of it is empty

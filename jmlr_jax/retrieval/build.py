@@ -17,37 +17,12 @@ from jmlr_jax.retrieval.tune import Curve, share_found, tune
 from jmlr_jax.retrieval.vectors import EncodeRows, TokenVectors, drawn_rows
 
 
-def build_index(
-    vectors: TokenVectors,
-    cfg: IndexConfig,
-    *,
-    model_fingerprint: str,
-    corpus_fingerprint: str,
-    sample_q_NxQxC: np.ndarray,
-    recall_at: tuple[int, ...],
-    seed: int = 0,
-    digests_Nx16: np.ndarray | None = None,
-) -> Index:
-    """An index of a corpus that is held in memory; see :func:`build_index_streamed`."""
-    return build_index_streamed(
-        lambda rows: (vectors.rows(rows[first : first + BATCH]) for first in range(0, len(rows), BATCH)),
-        len(vectors),
-        cfg,
-        model_fingerprint=model_fingerprint,
-        corpus_fingerprint=corpus_fingerprint,
-        sample_q_NxQxC=sample_q_NxQxC,
-        recall_at=recall_at,
-        seed=seed,
-        digests_Nx16=digests_Nx16,
-    )
-
-
 def sample_rows(passages: int, seed: int) -> np.ndarray:
     """Rows of the passages from which code and directions are learned, in order, int64."""
     return drawn_rows(passages, SAMPLE_PASSAGES, seed)
 
 
-def build_index_streamed(
+def build_index(
     encode_rows: EncodeRows,
     passages: int,
     cfg: IndexConfig,

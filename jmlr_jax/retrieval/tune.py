@@ -54,11 +54,6 @@ class Curve(BaseModel):
     chosen: Point
     points: list[Point]
 
-    @property
-    def reached(self) -> bool:
-        """Whether the chosen point is as good as was asked for."""
-        return self.target is None or self.chosen.recall >= self.target
-
 
 def share_found(want_NxK: np.ndarray, got_NxK: np.ndarray) -> float:
     """Mean share of the wanted rows of a question that were found; -1 on the right of a row is padding.

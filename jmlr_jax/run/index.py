@@ -12,7 +12,7 @@ import numpy as np
 
 from jmlr_jax.nn.functional import encode_passages, encode_queries
 from jmlr_jax.parallel.placement import own_mesh
-from jmlr_jax.retrieval.build import build_index_streamed, changed_share, update_index
+from jmlr_jax.retrieval.build import build_index, changed_share, update_index
 from jmlr_jax.retrieval.candidates import build_table
 from jmlr_jax.retrieval.encode import encode_passages_batched, encode_queries_batched
 from jmlr_jax.retrieval.saved import share_fingerprint, share_folder
@@ -83,7 +83,7 @@ def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool
         # Drawn: files are often sorted by source or kind, and an index tuned on one kind finds less for the others.
         rows = drawn_rows(len(prepared.questions("train")), cfg.index.oracle_queries, cfg.seed)
         asked = list(query_vectors(run, retriever, "train", rows))
-        return build_index_streamed(
+        return build_index(
             encode_rows,
             len(passages),
             cfg.index,
