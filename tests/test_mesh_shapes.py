@@ -98,10 +98,10 @@ def alone(what: str) -> tuple[dict[str, Any], np.ndarray]:
 def test_every_mesh_of_eight_equals_one_device(shape: tuple[int, int, int], what: str) -> None:
     mesh = sharding.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
     params, still, axes = start(what)
-    everywhere = jax.NamedSharding(mesh, jax.P())
-    layout: dict[str, Any] = dict.fromkeys(("step", "key", "skipped", "skipped_in_row"), everywhere)
+    replicated = jax.NamedSharding(mesh, jax.P())
+    layout: dict[str, Any] = dict.fromkeys(("step", "key", "skipped", "skipped_in_row"), replicated)
     layout["params"] = sharding.shardings(mesh, {name: axes[name] for name in params}, params)
-    layout["opt"] = state_shardings(OPTIMIZER[what], params, layout["params"], everywhere)
+    layout["opt"] = state_shardings(OPTIMIZER[what], params, layout["params"], replicated)
     with jax.set_mesh(mesh):
         state = jax.device_put(init_state(params, OPTIMIZER[what], jax.random.PRNGKey(0)), layout)
         bases = {name: still[name] for name in still.keys() & axes.keys()}

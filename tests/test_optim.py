@@ -107,13 +107,13 @@ def test_trainable_counts_name_both_halves_even_if_one_is_frozen() -> None:
 
 def test_moments_lie_where_their_weights_lie() -> None:
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
-    everywhere, split = jax.NamedSharding(mesh, jax.P()), jax.NamedSharding(mesh, jax.P("fsdp"))
-    placed = jax.tree.map(lambda _: everywhere, PARAMS)
+    replicated, split = jax.NamedSharding(mesh, jax.P()), jax.NamedSharding(mesh, jax.P("fsdp"))
+    placed = jax.tree.map(lambda _: replicated, PARAMS)
     placed["retriever"]["projection"] = split
     optimizer = make_optimizer(TrainConfig(), 10)
-    found = state_shardings(optimizer, PARAMS, placed, everywhere)
+    found = state_shardings(optimizer, PARAMS, placed, replicated)
     assert jax.tree.structure(found) == jax.tree.structure(optimizer.init(PARAMS))
     named = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(found)]
     moments = [leaf for name, leaf in named if "projection" in name]
     assert len(moments) == 2 and all(leaf == split for leaf in moments)
-    assert all(leaf == everywhere for name, leaf in named if "projection" not in name)
+    assert all(leaf == replicated for name, leaf in named if "projection" not in name)

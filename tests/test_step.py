@@ -254,11 +254,11 @@ def test_on_eight_devices_it_compiles_once_donates_and_equals_one_device() -> No
         single, metrics = step(single, frozen(), of)
         alone.append(metrics)
 
-    everywhere = jax.NamedSharding(mesh, jax.P())
+    replicated = jax.NamedSharding(mesh, jax.P())
     axes = {"generator": F.logical_axes(made.llama), "retriever": F.logical_axes(made.retriever)}
-    placed = dict.fromkeys(("step", "key", "skipped", "skipped_in_row"), everywhere)
+    placed = dict.fromkeys(("step", "key", "skipped", "skipped_in_row"), replicated)
     placed["params"] = sharding.shardings(mesh, axes, halves)
-    placed["opt"] = state_shardings(optimizer, halves, placed["params"], everywhere)
+    placed["opt"] = state_shardings(optimizer, halves, placed["params"], replicated)
     with jax.set_mesh(mesh):
         state = jax.device_put(fresh(halves, optimizer), placed)
         step = jax.jit(make_step(made, optimizer), donate_argnums=0, out_shardings=(placed, None))

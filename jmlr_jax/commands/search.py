@@ -20,7 +20,7 @@ from jmlr_jax.data.tokenizers import encoder, load_tokenizer
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.nn.functional import encode_passages, encode_queries
 from jmlr_jax.parallel.distributed import check_same, from_first, on_first
-from jmlr_jax.parallel.placement import own_mesh
+from jmlr_jax.parallel.placement import local_mesh
 from jmlr_jax.retrieval.encode import encode_passages_batched, encode_queries_batched
 from jmlr_jax.retrieval.fusion import reciprocal_rank, write_trec
 from jmlr_jax.retrieval.saved import SavedIndex
@@ -117,7 +117,7 @@ class Engine:
             lambda rows: table.padded(rows, width, fill),
             len(texts),
             batch=min(run.cfg.index.encode_batch, len(texts)),
-            mesh=own_mesh(run.mesh),
+            mesh=local_mesh(run.mesh),
         )
         return np.concatenate(list(pieces)), np.diff(table.offsets).astype(np.int32)
 
@@ -167,7 +167,7 @@ class Engine:
             rows,
             prepared.skip_V,
             batch=len(rows),
-            mesh=own_mesh(self.run.mesh),
+            mesh=local_mesh(self.run.mesh),
         )
         said_QxC = q_1xQxC[0, before : length_1[0] - 1]  # the question's own words, no markers and no filling
         results = []

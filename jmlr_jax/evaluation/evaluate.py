@@ -32,7 +32,7 @@ from jmlr_jax.method.prompt import read_prompt
 from jmlr_jax.nn.functional import init_cache, llama_cached, llama_logits
 from jmlr_jax.nn.generate import generate
 from jmlr_jax.nn.layers import Adapters, Params
-from jmlr_jax.parallel.placement import everywhere, place_batch
+from jmlr_jax.parallel.placement import place_batch, replicated
 from jmlr_jax.parallel.sharding import check_rows
 
 SUMMARY, QUESTIONS = "summary.json", "questions.jsonl"  # of an evaluated arm
@@ -209,7 +209,7 @@ def continuation_nll(
     return jax.lax.map(one, (jnp.swapaxes(ids_BxOxA, 0, 1), len_BxO.T)).T
 
 
-@partial(jax.jit, static_argnames=("cfg", "ids", "total", "everywhere"))
+@partial(jax.jit, static_argnames=("cfg", "ids", "total", "replicated"))
 def evaluate_batch(
     params: Params,
     adapters: Adapters | None,
@@ -218,7 +218,7 @@ def evaluate_batch(
     cfg: LlamaConfig,
     ids: GeneratorIds,
     total: int,
-    everywhere: NamedSharding | None,
+    replicated: NamedSharding | None,
 ) -> dict[str, Array]:
     """Everything about a batch: likelihoods with and without passages, and generated tokens."""
     A = batch["option_ids_BxOxA"].shape[-1]
@@ -238,7 +238,7 @@ def evaluate_batch(
     tokens_BxA, made_B = generate(params, cfg, prompt_BxT, length_B, max_new=A, eos_id=ids.eos, adapters=adapters)
     found = {"nll": nll_BxO, "nll_none": none_Bx1[:, 0], "tokens": tokens_BxA, "made": made_B, "dropped": dropped_B}
     # On every device, so that each host of a pod can read all of them.
-    return found if everywhere is None else jax.lax.with_sharding_constraint(found, everywhere)
+    return found if replicated is None else jax.lax.with_sharding_constraint(found, replicated)
 
 
 def _run(
@@ -273,7 +273,7 @@ def _run(
             cfg=reader.cfg,
             ids=ids,
             total=cfg.generator.max_length - lengths["answer"],
-            everywhere=None if mesh is None else everywhere(mesh),
+            replicated=None if mesh is None else replicated(mesh),
         )
     return {**{name: np.asarray(value) for name, value in found.items()}, "option_len": option_len}
 

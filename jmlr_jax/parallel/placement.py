@@ -12,12 +12,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jmlr_jax.parallel.sharding import MESH_AXES, batch_sharding
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of an array that every device holds whole, so that every process can read it."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def rows_held(mesh: Mesh, rows: int) -> np.ndarray:
+def addressable_rows(mesh: Mesh, rows: int) -> np.ndarray:
     """int64, increasing: which of the `rows` of a batch lie on devices of this process.
 
     They need not be consecutive (a slice's devices follow its torus, not its hosts), nor this process's alone (where
@@ -32,7 +32,7 @@ def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], held_b: np.ndarray,
 
     Args:
       batch: arrays of ``len(held_b)`` rows.
-      held_b: which rows of the batch those are, from :func:`rows_held`.
+      held_b: which rows of the batch those are, from :func:`addressable_rows`.
     """
     at_B = np.full(rows, -1)
     at_B[held_b] = np.arange(len(held_b))
@@ -49,7 +49,7 @@ def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], held_b: np.ndarray,
     return {name: place(x_b) for name, x_b in batch.items()}
 
 
-def own_mesh(mesh: Mesh) -> Mesh:
+def local_mesh(mesh: Mesh) -> Mesh:
     """The devices of this process as a mesh; `mesh` itself if they are all of it."""
     own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     if len(own) == mesh.size:
@@ -58,19 +58,19 @@ def own_mesh(mesh: Mesh) -> Mesh:
     return Mesh(np.array(own).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def own_arrays(tree: Any, mesh: Mesh) -> Any:
-    """Arrays on `mesh` as this process can compute with them alone, on :func:`own_mesh`.
+def local_arrays(tree: Any, mesh: Mesh) -> Any:
+    """Arrays on `mesh` as this process can compute with them alone, on :func:`local_mesh`.
 
     With several processes they are whole on every device, and all processes must call this together; with one they
     are the very same arrays.
     """
-    own = own_mesh(mesh)
+    own = local_mesh(mesh)
     if own is mesh:
         return tree
-    whole = jax.jit(lambda t: t, out_shardings=everywhere(mesh))(tree)
+    whole = jax.jit(lambda t: t, out_shardings=replicated(mesh))(tree)
 
     def one(x: jax.Array) -> jax.Array:
         parts = [shard.data for shard in x.addressable_shards]
-        return jax.make_array_from_single_device_arrays(x.shape, everywhere(own), parts)
+        return jax.make_array_from_single_device_arrays(x.shape, replicated(own), parts)
 
     return jax.tree.map(one, whole)

@@ -249,12 +249,12 @@ def step_program(cfg: Config, mesh: Mesh) -> Source:
         params["retriever"] = jax.tree.map(_put, adapters, shardings(mesh, axes, adapters))
     placed = jax.tree.map(lambda x: x.sharding, params)
     optimizer = make_optimizer(train, train.steps)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    counters = dict.fromkeys(("step", "key", "skipped", "skipped_in_row"), everywhere)
-    layout = {**counters, "params": placed, "opt": state_shardings(optimizer, params, placed, everywhere)}
+    replicated = NamedSharding(mesh, PartitionSpec())
+    counters = dict.fromkeys(("step", "key", "skipped", "skipped_in_row"), replicated)
+    layout = {**counters, "params": placed, "opt": state_shardings(optimizer, params, placed, replicated)}
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     state = jax.tree.map(_put, jax.eval_shape(partial(init_state, optimizer=optimizer), params, key=key), layout)
-    skip_V = _put(jax.ShapeDtypeStruct((retriever.bert.vocab_size,), jnp.bool_), everywhere)
+    skip_V = _put(jax.ShapeDtypeStruct((retriever.bert.vocab_size,), jnp.bool_), replicated)
     B, K, rows = train.batch_size, train.candidates, partial(_rows, mesh)
     batch = {
         "query_ids_BxQ": rows(B, retriever.query_length),
@@ -277,14 +277,14 @@ def step_program(cfg: Config, mesh: Mesh) -> Source:
 def encode_program(cfg: Config, mesh: Mesh) -> Source:
     """One batch of the corpus through the retriever, as a refresh runs it."""
     cfg = resolved(cfg)
-    retriever, everywhere = cfg.retriever, NamedSharding(mesh, PartitionSpec())
+    retriever, replicated = cfg.retriever, NamedSharding(mesh, PartitionSpec())
     count = -(-cfg.index.encode_batch // mesh.size) * mesh.size
     spread = NamedSharding(mesh, partition_spec(("encoder_batch",), "encoded rows"))
     ids = jax.ShapeDtypeStruct((count, retriever.passage_length), jnp.int32, sharding=spread)
     length = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=spread)
-    skip_V = jax.ShapeDtypeStruct((retriever.bert.vocab_size,), jnp.bool_, sharding=everywhere)
+    skip_V = jax.ShapeDtypeStruct((retriever.bert.vocab_size,), jnp.bool_, sharding=replicated)
     params = abstract_weights(cfg, mesh)["retriever"]
-    lower = partial(encode_batch.lower, encode=encode_passages, cfg=retriever, everywhere=everywhere)
+    lower = partial(encode_batch.lower, encode=encode_passages, cfg=retriever, replicated=replicated)
     return Source(partial(_lower, mesh, lower), (params, ids, length, skip_V), (), (ids, length))
 
 
@@ -311,7 +311,7 @@ def evaluate_program(cfg: Config, mesh: Mesh) -> Source:
         cfg=llama,
         ids=GeneratorIds(1, 2, 0, llama.vocab_size),
         total=g.max_length - g.answer_length,
-        everywhere=NamedSharding(mesh, PartitionSpec()),
+        replicated=NamedSharding(mesh, PartitionSpec()),
     )
     return Source(partial(_lower, mesh, lower), (params, adapters, batch), (), batch)
 

@@ -31,7 +31,7 @@ EncodeQueries = Callable[..., Array]  # (params, cfg, ids_bxQ, length_b) -> q_bx
 
 
 # The encoder and its configuration are static: every refresh of a run finds the first one's compilation.
-@partial(jax.jit, static_argnames=("encode", "cfg", "everywhere"))
+@partial(jax.jit, static_argnames=("encode", "cfg", "replicated"))
 def encode_batch(
     params: Params,
     ids: Array,
@@ -40,14 +40,14 @@ def encode_batch(
     *,
     encode: EncodePassages,
     cfg: RetrieverConfig,
-    everywhere: NamedSharding | None,
+    replicated: NamedSharding | None,
 ) -> tuple[Array, Array]:
     """Token vectors of one batch of passages, p_bxPxC float16 and keep_bxP bool: the program that encodes a corpus."""
     p_bxPxC, keep_bxP = encode(params, cfg, ids, length, skip_V)
-    return _replicate((p_bxPxC.astype(jnp.float16), keep_bxP), everywhere)
+    return _replicate((p_bxPxC.astype(jnp.float16), keep_bxP), replicated)
 
 
-@partial(jax.jit, static_argnames=("encode", "cfg", "everywhere"))
+@partial(jax.jit, static_argnames=("encode", "cfg", "replicated"))
 def _queries(
     params: Params,
     ids: Array,
@@ -55,14 +55,14 @@ def _queries(
     *,
     encode: EncodeQueries,
     cfg: RetrieverConfig,
-    everywhere: NamedSharding | None,
+    replicated: NamedSharding | None,
 ) -> Array:
-    return _replicate(encode(params, cfg, ids, length).astype(jnp.float32), everywhere)
+    return _replicate(encode(params, cfg, ids, length).astype(jnp.float32), replicated)
 
 
-def _replicate(tree: Any, everywhere: NamedSharding | None) -> Any:
+def _replicate(tree: Any, replicated: NamedSharding | None) -> Any:
     """Results on every device, so that each host of a pod can read all of them."""
-    return tree if everywhere is None else jax.lax.with_sharding_constraint(tree, everywhere)
+    return tree if replicated is None else jax.lax.with_sharding_constraint(tree, replicated)
 
 
 def encode_passages_batched(
@@ -90,7 +90,7 @@ def encode_passages_batched(
       mesh: every batch is split over all its devices; None runs where ``params`` are.
       progress: show a bar.
     """
-    run = partial(encode_batch, params, encode=encode, cfg=cfg, everywhere=_everywhere(mesh))
+    run = partial(encode_batch, params, encode=encode, cfg=cfg, replicated=_replicated(mesh))
     bar = "encoding passages" if progress else None
 
     def one(ids: Array, length: Array) -> tuple[Array, Array]:
@@ -115,13 +115,13 @@ def encode_queries_batched(
 
     Arguments as :func:`encode_passages_batched`; no questions, no pieces.
     """
-    run = partial(_queries, params, encode=encode, cfg=cfg, everywhere=_everywhere(mesh))
+    run = partial(_queries, params, encode=encode, cfg=cfg, replicated=_replicated(mesh))
     bar = "encoding questions" if progress else None
     for n, q_bxQxC in _pipelined(run, read, questions, batch, mesh, bar):
         yield np.asarray(q_bxQxC)[:n]
 
 
-def _everywhere(mesh: Mesh | None) -> NamedSharding | None:
+def _replicated(mesh: Mesh | None) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 

@@ -43,7 +43,7 @@ def _all(array: np.ndarray) -> np.ndarray:
     """One array of the same shape from each process, stacked in process order: an all-gather on the devices."""
     devices = [next(d for d in jax.devices() if d.process_index == p) for p in range(jax.process_count())]
     mesh = Mesh(np.array(devices), ("process",), axis_types=(jax.sharding.AxisType.Auto,))
-    apart, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("process",), ()))
+    apart, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("process",), ()))
     local = jax.device_put(array[None], devices[jax.process_index()])
     whole = jax.make_array_from_single_device_arrays((len(devices), *array.shape), apart, [local])
-    return np.asarray(jax.jit(lambda x: x, out_shardings=everywhere)(whole))
+    return np.asarray(jax.jit(lambda x: x, out_shardings=replicated)(whole))

@@ -43,7 +43,7 @@ def fixed_table(run: Run, source: PassageSource, split: str, k: int, retriever: 
 def kept_tables(file: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Tables that a phase began with, by split: made once, so that a resumed phase reads the very same ones.
 
-    Building an index is not deterministic everywhere, and the same weights can give it other hits. Every process must
+    Building an index is not deterministic replicated, and the same weights can give it other hits. Every process must
     call it.
     """
     if from_first(file.exists):
@@ -102,7 +102,7 @@ class Candidates:
     def start(self, step: int, retriever: Any, rows: np.ndarray) -> None:
         """Begins the refresh of `step` for these training questions.
 
-        `retriever` is of :func:`jmlr_jax.parallel.placement.own_arrays`, and the caller's to give away.
+        `retriever` is of :func:`jmlr_jax.parallel.placement.local_arrays`, and the caller's to give away.
         """
         self._pending = step, self._pool.submit(self._search, step, retriever, np.unique(rows))
 

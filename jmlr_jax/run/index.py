@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jmlr_jax.nn.functional import encode_passages, encode_queries
-from jmlr_jax.parallel.placement import own_mesh
+from jmlr_jax.parallel.placement import local_mesh
 from jmlr_jax.retrieval.build import build_index, changed_share, update_index
 from jmlr_jax.retrieval.candidates import build_table
 from jmlr_jax.retrieval.encode import encode_passages_batched, encode_queries_batched
@@ -47,7 +47,7 @@ def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool
     to the others, so that this may run in a thread beside training.
 
     Args:
-      retriever: of :func:`jmlr_jax.parallel.placement.own_arrays`.
+      retriever: of :func:`jmlr_jax.parallel.placement.local_arrays`.
       progress: show a bar.
       keep: the index will be saved, so it is given what an update needs to know.
     """
@@ -62,7 +62,7 @@ def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool
             passages.start + rows,
             run.prepared.skip_V,
             batch=_encode_batch(run),
-            mesh=own_mesh(run.mesh),
+            mesh=local_mesh(run.mesh),
             progress=progress,
         )
 
@@ -112,7 +112,7 @@ def keep_index(run: Run, name: str, retriever: Any, said: Callable[[str], object
     """Makes the index ``index/NAME`` of a retriever, or finds it made by an equal recipe.
 
     Args:
-      retriever: of :func:`jmlr_jax.parallel.placement.own_arrays`.
+      retriever: of :func:`jmlr_jax.parallel.placement.local_arrays`.
       said: takes a line for each difference from an index that is replaced.
     """
     folder = index_folder(run, name)
@@ -152,7 +152,7 @@ def _share(run: Run) -> tuple[range, str]:
 
 def _alone(run: Run) -> AbstractContextManager[Any]:
     """While this is open, arrays made on the way belong to this process, where that makes a difference."""
-    own = own_mesh(run.mesh)
+    own = local_mesh(run.mesh)
     return nullcontext() if own is run.mesh else jax.set_mesh(own)
 
 
@@ -173,7 +173,7 @@ def query_vectors(run: Run, retriever: Any, split: str, rows: np.ndarray, progre
         read,
         len(rows),
         batch=_encode_batch(run),
-        mesh=own_mesh(run.mesh),
+        mesh=local_mesh(run.mesh),
         progress=progress,
     )
 

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 
 from jmlr_jax.config import TrainConfig
 from jmlr_jax.parallel.distributed import from_first, on_first
-from jmlr_jax.parallel.placement import own_arrays
+from jmlr_jax.parallel.placement import local_arrays
 from jmlr_jax.run.artifact import ArtifactError, Recipe, refuse
 from jmlr_jax.run.open import DataError, Run, Weights
 from jmlr_jax.run.phases import PHASES, Phase, chain
@@ -132,7 +132,7 @@ def phase_weights(run: Run, phase: Phase) -> Weights:
 def retriever_of(run: Run, phase: str | None) -> object:
     """Weights of the retriever that a phase trained (None: the initial one), for this process to compute with."""
     weights = run.initial_weights()["retriever"] if phase is None else trained(run, phase, "retriever")
-    return own_arrays(weights, run.mesh)
+    return local_arrays(weights, run.mesh)
 
 
 def save_weights(folder: Path, weights: Any) -> None:

@@ -21,7 +21,7 @@ from jmlr_jax.data.batches import Batch, assemble, question_stream
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.method.step import StepSpec, init_state, live_retriever, make_step, reading_loss
 from jmlr_jax.parallel.distributed import Stop, on_first
-from jmlr_jax.parallel.placement import everywhere, own_arrays, place_batch, rows_held
+from jmlr_jax.parallel.placement import addressable_rows, local_arrays, place_batch, replicated
 from jmlr_jax.parallel.sharding import check_rows
 from jmlr_jax.run.candidates import Candidates, fixed_table, kept_tables
 from jmlr_jax.run.open import Run, Weights
@@ -76,7 +76,7 @@ def train_phase(run: Run, phase: Phase, console: Console) -> Path:
 
 def _train(run: Run, phase: Phase, folder: Path, console: Console) -> None:
     cfg, steps = run.cfg.train, phase_steps(run.cfg.train, phase)
-    stream, held = _stream(run), rows_held(run.mesh, cfg.batch_size)
+    stream, held = _stream(run), addressable_rows(run.mesh, cfg.batch_size)
     loop = _build(run, phase, folder, steps, console)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.keep_last)
     done = _resume(loop, checkpoints, stream)
@@ -162,7 +162,7 @@ def _build(run: Run, phase: Phase, folder: Path, steps: int, console: Console) -
     else:
 
         def made() -> dict[str, np.ndarray]:
-            own = own_arrays(weights["retriever"], run.mesh) if phase.passages == "retriever" else None
+            own = local_arrays(weights["retriever"], run.mesh) if phase.passages == "retriever" else None
             return {s: fixed_table(run, phase.passages, s, max(passages, 1), own) for s in ("train", "dev")}
 
         tables = kept_tables(folder / "tables" / "fixed.npz", made)
@@ -180,7 +180,7 @@ def _build(run: Run, phase: Phase, folder: Path, steps: int, console: Console) -
         frozen=weights | {"skip_V": jax.numpy.asarray(prepared.skip_V)},
         # Pinned output layout: a step whose own output came back laid out otherwise would compile a second time.
         step=jax.jit(make_step(spec, optimizer), donate_argnums=0, out_shardings=(placed, None)),
-        dev=jax.jit(partial(reading_loss, spec=spec), out_shardings=everywhere(run.mesh)),
+        dev=jax.jit(partial(reading_loss, spec=spec), out_shardings=replicated(run.mesh)),
         batch=ReadingLessons(run).batch if phase.passages == "mixed" else batch,
         candidates=candidates,
         dev_table=np.zeros((0, 1), np.int32) if candidates else tables["dev"][run.dev_rows],
@@ -189,8 +189,8 @@ def _build(run: Run, phase: Phase, folder: Path, steps: int, console: Console) -
 
 def _state_shardings(run: Run, params: Weights, optimizer: optax.GradientTransformation) -> dict[str, Any]:
     params_placed = jax.tree.map(lambda x: x.sharding, params)
-    opt_placed = state_shardings(optimizer, params, params_placed, everywhere(run.mesh))
-    counters = dict.fromkeys(("step", "key", "skipped", "skipped_in_row"), everywhere(run.mesh))
+    opt_placed = state_shardings(optimizer, params, params_placed, replicated(run.mesh))
+    counters = dict.fromkeys(("step", "key", "skipped", "skipped_in_row"), replicated(run.mesh))
     return {**counters, "params": params_placed, "opt": opt_placed}
 
 
@@ -210,7 +210,7 @@ def _refresh(run: Run, loop: Loop, stream: Any, step: int) -> None:
         rows = np.concatenate([next(ahead) for _ in range(length)])
     # A copy: the step donates its state, and the refresh outlives it.
     copy = jax.tree.map(jax.numpy.copy, live_retriever(run.retriever, loop.frozen | loop.state["params"]))
-    loop.candidates.start(step, own_arrays(copy, run.mesh), rows)
+    loop.candidates.start(step, local_arrays(copy, run.mesh), rows)
 
 
 def _place(run: Run, batch: Batch, held: np.ndarray) -> dict[str, jax.Array]:
@@ -258,7 +258,7 @@ def _dev_loss(run: Run, loop: Loop) -> float | None:
         return None
     size, losses = run.cfg.train.batch_size, []
     for first in range(0, len(table), size):
-        rows, held = np.arange(first, first + size) % len(table), rows_held(run.mesh, size)
+        rows, held = np.arange(first, first + size) % len(table), addressable_rows(run.mesh, size)
         batch = assemble(run.prepared, "dev", run.dev_rows[rows[held]], table[rows[held]])
         placed = place_batch(run.mesh, batch, held, size)
         count = min(size, len(table) - first)
