@@ -8,33 +8,33 @@ import numpy as np
 from indexes import build, clustered
 
 from jmlr_jax.parallel.distributed import gather
-from jmlr_jax.retrieval.saved import SavedIndex, share_fingerprint, share_folder
-from jmlr_jax.retrieval.shards import share_of
+from jmlr_jax.retrieval.saved import SavedIndex, shard_fingerprint, shard_folder
+from jmlr_jax.retrieval.shards import shard_rows
 
 PASSAGES, QUESTIONS, K = 203, 20, 6
 KINDS = ("exact", "scann")
 
 
 def allowed_rows() -> np.ndarray:
-    """A filter that leaves the first share with few rows."""
+    """A filter that leaves the first shard with few rows."""
     return np.arange(PASSAGES) % 7 == 3
 
 
 def main() -> None:
-    """Builds and saves this process's share of every kind of index, asks all shares; process i writes what it got."""
+    """Builds and saves this process's shard of every kind of index, asks all shards; process i writes what it got."""
     address, number, count, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     jax.distributed.initialize(address, count, number)
     vectors, q = clustered(PASSAGES, QUESTIONS)
-    rows = share_of(PASSAGES, number, count)
+    rows = shard_rows(PASSAGES, number, count)
     found = {}
     for kind in KINDS:
         index = build(vectors.rows(slice(rows.start, rows.stop)), q, kind, rerank=PASSAGES)
-        fingerprint = share_fingerprint("corpus-a", rows, PASSAGES)
+        fingerprint = shard_fingerprint("corpus-a", rows, PASSAGES)
         index.card = index.card.model_copy(update={"corpus_fingerprint": fingerprint})
-        index.save(share_folder(out / kind, number, count))
+        index.save(shard_folder(out / kind, number, count))
         gather("saved")
         opened = SavedIndex.open(out / kind, "model-a", "corpus-a", PASSAGES)
-        found[f"{kind}/held"] = np.array([len(share) for share, _ in opened.held])
+        found[f"{kind}/held"] = np.array([len(shard) for shard, _ in opened.held])
         found[f"{kind}/rows"], found[f"{kind}/scores"] = opened.search(q, K)
         found[f"{kind}/filtered"], _ = opened.search(q, K, allowed_rows())
     np.savez(f"{out}/{number}.npz", **found)

@@ -95,17 +95,17 @@ def test_their_candidate_tables_are_those_of_one_process(one, two):
             np.testing.assert_array_equal(ours[name], theirs[name], err_msg=f"{file.name} {name}")
 
 
-def test_each_process_indexed_its_share_of_the_corpus(two):
+def test_each_process_indexed_its_shard_of_the_corpus(two):
     for name in ("initial", "jmlr"):
         folder = two / "seed_0" / "index" / name
-        cards = [json.loads((folder / f"share_{i}_of_2" / "card.json").read_text()) for i in range(2)]
+        cards = [json.loads((folder / f"shard_{i}_of_2" / "card.json").read_text()) for i in range(2)]
         total = len(Prepared.open(two / "seed_0" / "data").passages)
         assert sum(card["passages"] for card in cards) == total and abs(cards[0]["passages"] * 2 - total) <= 1
         assert cards[0]["corpus_fingerprint"] != cards[1]["corpus_fingerprint"]
 
 
 def test_any_number_of_processes_can_ask_their_index(one, two, cache, tmp_path, capsys, monkeypatch):
-    """Two processes ask the shares of two, one asks both, and one asks the whole index of one process."""
+    """Two processes ask the shards of two, one asks both, and one asks the whole index of one process."""
     question = Prepared.open(one / "seed_0" / "data").questions("test")[0].question
 
     def words(root, name):

@@ -1,4 +1,4 @@
-"""An index saved in shares is asked as one."""
+"""An index saved in shards is asked as one."""
 
 import doctest
 import shutil
@@ -9,8 +9,8 @@ import pytest
 from indexes import build, clustered
 
 from jmlr_jax.retrieval import saved as module
-from jmlr_jax.retrieval.saved import SavedIndex, share_fingerprint, share_folder
-from jmlr_jax.retrieval.shards import share_of
+from jmlr_jax.retrieval.saved import SavedIndex, shard_fingerprint, shard_folder
+from jmlr_jax.retrieval.shards import shard_rows
 from jmlr_jax.retrieval.store import IndexUnusable
 from jmlr_jax.retrieval.tokens import best_of
 
@@ -21,11 +21,11 @@ VECTORS, Q = clustered(PASSAGES, 20)
 
 def save(folder, count, kind="exact"):
     for number in range(count):
-        rows = share_of(PASSAGES, number, count)
+        rows = shard_rows(PASSAGES, number, count)
         index = build(VECTORS.rows(slice(rows.start, rows.stop)), Q, kind, rerank=PASSAGES)
-        fingerprint = share_fingerprint("corpus-a", rows, PASSAGES)
+        fingerprint = shard_fingerprint("corpus-a", rows, PASSAGES)
         index.card = index.card.model_copy(update={"corpus_fingerprint": fingerprint})
-        index.save(share_folder(folder, number, count))
+        index.save(shard_folder(folder, number, count))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_shares_answer_as_the_whole(whole, tmp_path, kind, count):
     save(tmp_path, count, kind)
     index = SavedIndex.open(tmp_path, *MINE)
     assert len(index) == PASSAGES and len(index.held) == count
-    some, first = np.arange(PASSAGES) % 5 == 2, np.arange(PASSAGES) < 10  # the first: of one share alone
+    some, first = np.arange(PASSAGES) % 5 == 2, np.arange(PASSAGES) < 10  # the first: of one shard alone
     for mask, k in ((None, K), (some, K), (some, PASSAGES), (first, K)):
         (rows, scores), (want_rows, want) = index.search(Q, k, mask), whole.search(Q, k, mask)
         np.testing.assert_array_equal(rows, want_rows)
@@ -58,8 +58,8 @@ def test_shares_answer_as_the_whole(whole, tmp_path, kind, count):
 
 
 @pytest.mark.parametrize("processes", [2, 5])
-def test_every_share_is_held_by_one_process(whole, three, monkeypatch, processes):
-    """Fewer processes than shares, and more; what they would exchange is put together here."""
+def test_every_shard_is_held_by_one_process(whole, three, monkeypatch, processes):
+    """Fewer processes than shards, and more; what they would exchange is put together here."""
     found = []
     monkeypatch.setattr(module, "best_of_all", best_of)
     monkeypatch.setattr(module, "from_first", lambda act: act())
@@ -73,19 +73,19 @@ def test_every_share_is_held_by_one_process(whole, three, monkeypatch, processes
 
 
 def test_the_layout_that_fits_is_taken(whole, three):
-    """Beside shares of another build there may be a whole index, or shares of another number, of the right one."""
+    """Beside shards of another build there may be a whole index, or shards of another number, of the right one."""
     for number in range(2):
-        shutil.copytree(three / "share_0_of_3", three / f"share_{number}_of_2")
-    for name in ("share_x_of_y", "share_0_of_4", f"share_0_of_{PASSAGES + 1}"):
-        shutil.copytree(three / "share_0_of_3", three / name)
+        shutil.copytree(three / "shard_0_of_3", three / f"shard_{number}_of_2")
+    for name in ("shard_x_of_y", "shard_0_of_4", f"shard_0_of_{PASSAGES + 1}"):
+        shutil.copytree(three / "shard_0_of_3", three / name)
     assert len(SavedIndex.open(three, *MINE).held) == 3
     whole.save(three)
     assert len(SavedIndex.open(three, *MINE).held) == 1
 
 
 def test_a_problem_of_one_process_is_told_by_all(three, monkeypatch):
-    monkeypatch.setattr(module, "gather", lambda said: [said, "share 1 is broken"])
-    with pytest.raises(IndexUnusable, match="share 1 is broken"):
+    monkeypatch.setattr(module, "gather", lambda said: [said, "shard 1 is broken"])
+    with pytest.raises(IndexUnusable, match="shard 1 is broken"):
         SavedIndex.open(three, *MINE)
 
 
@@ -103,16 +103,16 @@ def test_questions_and_masks_of_other_forms_are_refused(three):
 def test_what_cannot_be_used_is_named(three, tmp_path):
     with pytest.raises(IndexUnusable, match="nowhere: no index here"):
         SavedIndex.open(tmp_path / "nowhere", *MINE)
-    with pytest.raises(IndexUnusable, match="share_0_of_3.*another retriever"):
+    with pytest.raises(IndexUnusable, match="shard_0_of_3.*another retriever"):
         SavedIndex.open(three, "model-b", "corpus-a", PASSAGES)
-    with pytest.raises(IndexUnusable, match="share_0_of_3.*another corpus"):
+    with pytest.raises(IndexUnusable, match="shard_0_of_3.*another corpus"):
         SavedIndex.open(three, "model-a", "corpus-b", PASSAGES)
-    with pytest.raises(IndexUnusable, match="share_0_of_3.*another corpus"):
+    with pytest.raises(IndexUnusable, match="shard_0_of_3.*another corpus"):
         SavedIndex.open(three, "model-a", "corpus-a", PASSAGES + 1)
-    file = next((three / "share_1_of_3").glob("data-*/keep.npy"))
+    file = next((three / "shard_1_of_3").glob("data-*/keep.npy"))
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(IndexUnusable, match="share_1_of_3.*bytes"):
+    with pytest.raises(IndexUnusable, match="shard_1_of_3.*bytes"):
         SavedIndex.open(three, *MINE)
-    shutil.rmtree(three / "share_2_of_3")
-    with pytest.raises(IndexUnusable, match="share_2_of_3: no index here"):
+    shutil.rmtree(three / "shard_2_of_3")
+    with pytest.raises(IndexUnusable, match="shard_2_of_3: no index here"):
         SavedIndex.open(three, *MINE)

@@ -13,7 +13,7 @@ from indexes import build, clustered
 from sharded_search import KINDS, PASSAGES, QUESTIONS, K, allowed_rows
 
 from jmlr_jax.retrieval import shards
-from jmlr_jax.retrieval.shards import share_of
+from jmlr_jax.retrieval.shards import shard_rows
 
 HERE = Path(__file__).parent
 
@@ -24,14 +24,14 @@ def test_docstrings():
 
 @pytest.mark.parametrize("passages, processes", [(203, 4), (8, 8), (9, 2)])
 def test_shares_cover_the_corpus_once(passages, processes):
-    shares = [share_of(passages, process, processes) for process in range(processes)]
-    assert [row for share in shares for row in share] == list(range(passages))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    shards = [shard_rows(passages, process, processes) for process in range(processes)]
+    assert [row for shard in shards for row in shard] == list(range(passages))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
 def test_more_processes_than_passages_are_refused():
     with pytest.raises(ValueError, match="fewer processes"):
-        share_of(3, 0, 4)
+        shard_rows(3, 0, 4)
 
 
 def start(count, out):
@@ -63,7 +63,7 @@ def test_shards_answer_as_one_index(tmp_path):
         with np.load(tmp_path / f"{number}.npz") as got:
             for kind, index in whole.items():
                 rows, scores = index.search(q, K)
-                assert got[f"{kind}/held"].tolist() == [len(share_of(PASSAGES, number, 2))]
+                assert got[f"{kind}/held"].tolist() == [len(shard_rows(PASSAGES, number, 2))]
                 np.testing.assert_array_equal(got[f"{kind}/rows"], rows, err_msg=f"{kind} in {number}")
                 np.testing.assert_allclose(got[f"{kind}/scores"], scores, rtol=1e-5, err_msg=kind)
                 filtered, _ = index.search(q, K, allowed_rows())

@@ -62,7 +62,7 @@ class Found:
 class Engine:
     """A run's retriever, corpus and index, ready for questions.
 
-    Of several processes each makes one and asks it the same; each searches its shares of the index, and all get the
+    Of several processes each makes one and asks it the same; each searches its shards of the index, and all get the
     passages of all.
 
     Args:

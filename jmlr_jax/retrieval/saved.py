@@ -1,4 +1,4 @@
-"""A saved index asked as one, in however many shares it was built and by however many processes it is asked."""
+"""A saved index asked as one, in however many shards it was built and by however many processes it is asked."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import jax
 import numpy as np
 
 from jmlr_jax.parallel.distributed import from_first, gather
-from jmlr_jax.retrieval.shards import best_of_all, share_of
+from jmlr_jax.retrieval.shards import best_of_all, shard_rows
 from jmlr_jax.retrieval.store import Index, IndexUnusable, open_index, read_card
 from jmlr_jax.retrieval.vectors import check_allowed, check_queries
 
 
-def share_folder(folder: Path, number: int, count: int) -> Path:
-    """Where one of ``count`` shares of the index of ``folder`` lies; a whole index is its only share.
+def shard_folder(folder: Path, number: int, count: int) -> Path:
+    """Where one of ``count`` shards of the index of ``folder`` lies; a whole index is its only shard.
 
-    >>> share_folder(Path("initial"), 1, 4).as_posix(), share_folder(Path("initial"), 0, 1).as_posix()
-    ('initial/share_1_of_4', 'initial')
+    >>> shard_folder(Path("initial"), 1, 4).as_posix(), shard_folder(Path("initial"), 0, 1).as_posix()
+    ('initial/shard_1_of_4', 'initial')
     """
-    return folder if count == 1 else folder / f"share_{number}_of_{count}"
+    return folder if count == 1 else folder / f"shard_{number}_of_{count}"
 
 
-def share_fingerprint(corpus_fingerprint: str, rows: range, passages: int) -> str:
+def shard_fingerprint(corpus_fingerprint: str, rows: range, passages: int) -> str:
     """Of a part of a corpus; of all of it, the corpus's own."""
     return corpus_fingerprint if len(rows) == passages else f"{corpus_fingerprint} rows {rows.start} to {rows.stop}"
 
 
 class SavedIndex:
-    """The shares of a saved index that this process holds: every one of so many, so that all are held by some process.
+    """The shards of a saved index that this process holds: every one of so many, so that all are held by some process.
 
     Attributes:
       held: rows of the corpus and the index over them.
@@ -40,10 +40,10 @@ class SavedIndex:
 
     @classmethod
     def open(cls, folder: Path, model_fingerprint: str, corpus_fingerprint: str, passages: int) -> SavedIndex:
-        """Opens the index of this retriever and corpus, whole or in shares; every process must call it.
+        """Opens the index of this retriever and corpus, whole or in shards; every process must call it.
 
         Args:
-          folder: holds ``card.json``, or ``share_I_of_N/`` for every I.
+          folder: holds ``card.json``, or ``shard_I_of_N/`` for every I.
           model_fingerprint, corpus_fingerprint: see :func:`jmlr_jax.retrieval.store.open_index`.
           passages: of the corpus.
 
@@ -52,17 +52,17 @@ class SavedIndex:
           DistributedError: process 0 found none.
         """
 
-        def share(number: int, count: int) -> tuple[range, Path, str]:
-            rows = share_of(passages, number, count)
-            return rows, share_folder(folder, number, count), share_fingerprint(corpus_fingerprint, rows, passages)
+        def shard(number: int, count: int) -> tuple[range, Path, str]:
+            rows = shard_rows(passages, number, count)
+            return rows, shard_folder(folder, number, count), shard_fingerprint(corpus_fingerprint, rows, passages)
 
         def found() -> int:
-            """The number of shares that are all there and of this retriever and corpus."""
+            """The number of shards that are all there and of this retriever and corpus."""
             problem: IndexUnusable | None = None
             for count in _counts(folder, passages):
                 try:
                     for number in range(count):
-                        _, home, corpus = share(number, count)
+                        _, home, corpus = shard(number, count)
                         read_card(home, model_fingerprint, corpus)
                     return count
                 except IndexUnusable as error:
@@ -73,7 +73,7 @@ class SavedIndex:
         count, held, said = from_first(found), [], ""
         try:
             for number in range(jax.process_index(), count, jax.process_count()):
-                rows, home, corpus = share(number, count)
+                rows, home, corpus = shard(number, count)
                 held.append((rows, open_index(home, model_fingerprint, corpus)))
         except (IndexUnusable, OSError) as error:
             said = str(error)
@@ -87,7 +87,7 @@ class SavedIndex:
     def search(self, q_NxQxC: np.ndarray, k: int, allowed_N: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """See :class:`jmlr_jax.retrieval.vectors.Searcher`; the same in every process, each of which must call it.
 
-        Each share gives its own best, so that no fewer hits are scored than in one index over everything.
+        Each shard gives its own best, so that no fewer hits are scored than in one index over everything.
 
         Raises:
           ValueError: as the index of one process does.
@@ -95,7 +95,7 @@ class SavedIndex:
         # Checked here too, so that all processes refuse what only some would; each index knows its width.
         check_queries(q_NxQxC, q_NxQxC.shape[-1], k)
         check_allowed(allowed_N, self.passages)
-        # Of no share: a process beyond their number has something to gather too.
+        # Of no shard: a process beyond their number has something to gather too.
         found = [np.full((len(q_NxQxC), k), -1, np.int32)]
         scores = [np.full((len(q_NxQxC), k), -np.inf, np.float32)]
         for rows, index in self.held:
@@ -107,6 +107,6 @@ class SavedIndex:
 
 
 def _counts(folder: Path, passages: int) -> list[int]:
-    """Numbers of shares to look for: the whole index first, then those of which there is a folder."""
-    named = (path.parent.name.rpartition("_of_")[2] for path in folder.glob("share_*_of_*/card.json"))
+    """Numbers of shards to look for: the whole index first, then those of which there is a folder."""
+    named = (path.parent.name.rpartition("_of_")[2] for path in folder.glob("shard_*_of_*/card.json"))
     return [1, *sorted({int(name) for name in named if name.isdecimal() and 1 < int(name) <= passages})]

@@ -13,10 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jmlr_jax.retrieval.tokens import best_of
 
 
-def share_of(passages: int, process: int, processes: int) -> range:
+def shard_rows(passages: int, process: int, processes: int) -> range:
     """The rows that a process holds: contiguous, in order, sizes that differ by one at most.
 
-    >>> [share_of(10, process, 4) for process in range(4)]
+    >>> [shard_rows(10, process, 4) for process in range(4)]
     [range(0, 2), range(2, 5), range(5, 7), range(7, 10)]
 
     Raises:

@@ -15,8 +15,8 @@ from jmlr_jax.parallel.placement import local_mesh
 from jmlr_jax.retrieval.build import build_index, changed_share, update_index
 from jmlr_jax.retrieval.candidates import build_table
 from jmlr_jax.retrieval.encode import encode_passages_batched, encode_queries_batched
-from jmlr_jax.retrieval.saved import share_fingerprint, share_folder
-from jmlr_jax.retrieval.shards import best_of_all, share_of
+from jmlr_jax.retrieval.saved import shard_fingerprint, shard_folder
+from jmlr_jax.retrieval.shards import best_of_all, shard_rows
 from jmlr_jax.retrieval.store import Index, IndexUnusable, open_index, params_fingerprint, passage_digests
 from jmlr_jax.retrieval.vectors import TokenVectors, drawn_rows
 from jmlr_jax.run.artifact import RECORD, Recipe
@@ -28,13 +28,13 @@ DIGEST_CHUNK = 8192  # passages read at once
 
 
 def index_home(run: Run, name: str) -> Path:
-    """Where the index of that name is kept, whole or in shares."""
+    """Where the index of that name is kept, whole or in shards."""
     return run.directory / "index" / name
 
 
 def index_folder(run: Run, name: str) -> Path:
     """Where this process keeps its index of that name: the whole corpus, or its own share of it."""
-    return share_folder(index_home(run, name), jax.process_index(), jax.process_count())
+    return shard_folder(index_home(run, name), jax.process_index(), jax.process_count())
 
 
 def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool = False) -> Index:
@@ -43,7 +43,7 @@ def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool
     One of an equal recipe but for the corpus is brought up to date where not too much has changed: only passages that
     it does not hold are encoded. Nothing else can be kept: other weights give other vectors for every passage.
 
-    Of several processes each encodes and indexes its own share of the passages, on its own devices and without a word
+    Of several processes each encodes and indexes its own shard of the passages, on its own devices and without a word
     to the others, so that this may run in a thread beside training.
 
     Args:
@@ -51,7 +51,7 @@ def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool
       progress: show a bar.
       keep: the index will be saved, so it is given what an update needs to know.
     """
-    passages, corpus = _share(run)
+    passages, corpus = _shard(run)
 
     def encode_rows(rows: np.ndarray) -> Iterator[TokenVectors]:
         return encode_passages_batched(
@@ -141,13 +141,13 @@ def _digests(run: Run, passages: range) -> np.ndarray:
     return passage_digests(rows())
 
 
-def _share(run: Run) -> tuple[range, str]:
+def _shard(run: Run) -> tuple[range, str]:
     """Passages that this process indexes, and the fingerprint of that part of the corpus."""
     count, whole = len(run.prepared.passages), run.fingerprints["passages"]
     if count < jax.process_count():
         raise DataError(f"{count} passages cannot be shared among {jax.process_count()} processes; start fewer")
-    rows = share_of(count, jax.process_index(), jax.process_count())
-    return rows, share_fingerprint(whole, rows, count)
+    rows = shard_rows(count, jax.process_index(), jax.process_count())
+    return rows, shard_fingerprint(whole, rows, count)
 
 
 def _alone(run: Run) -> AbstractContextManager[Any]:
@@ -184,7 +184,7 @@ def search(
     """The k best passages of these questions in the index of this process: corpus rows int32 [n, k], and scores."""
     with _alone(run):
         table, score = build_table(index, query_vectors(run, retriever, split, rows), len(rows), k)
-    return np.where(table < 0, -1, table + _share(run)[0].start).astype(np.int32), score
+    return np.where(table < 0, -1, table + _shard(run)[0].start).astype(np.int32), score
 
 
 def merged(row_nxK: np.ndarray, score_nxK: np.ndarray) -> np.ndarray:
