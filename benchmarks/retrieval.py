@@ -31,7 +31,7 @@ from jmlr_jax.retrieval.build import build_index
 from jmlr_jax.retrieval.exact import ExactIndex, ExactSearch
 from jmlr_jax.retrieval.fusion import reciprocal_rank
 from jmlr_jax.retrieval.store import open_index
-from jmlr_jax.retrieval.tune import Point, cheapest, share_found
+from jmlr_jax.retrieval.tune import Point, ann_recall, cheapest
 from jmlr_jax.retrieval.vectors import TokenVectors
 
 TOP, PIECE, TUNING = 30, 1024, 200  # the first TUNING test questions tune our index and are not measured
@@ -364,7 +364,7 @@ def main() -> None:
         rows = []
         for name, one in found.items():
             ranking = one.pop("rows")
-            recall = round(share_found(truth[: len(ranking)], ranking), 4)
+            recall = round(ann_recall(truth[: len(ranking)], ranking), 4)
             row = {"system": name, "recall@30_vs_exact": recall, **one}
             rows.append(row | {"build_seconds": round(costs[name][0], 2), "bytes": costs[name][1]})
             print(json.dumps(rows[-1]), flush=True)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 DType = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "full", "attention", "mlp", "dots"]
-Share = Annotated[float, Field(ge=0, le=1)]
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
 TOKENIZER = "a tokenizer directory, or 'train' a small one in `jmlr prepare`; null: the source's, or trained"
 ArmName = Literal["jmlr", "frozen", "separate", "bm25", "random", "closed_book"]
 
@@ -208,13 +208,15 @@ class WorldConfig(Strict):
 
     conditions: PositiveInt = 560
     test_fraction: float = Field(
-        0.25, gt=0, lt=1, description="share of conditions held out (a quarter of them for dev)"
+        0.25, gt=0, lt=1, description="fraction of conditions held out (a quarter of them for dev)"
     )
     values: PositiveInt = Field(150, ge=8, description="length of each relation's closed list of answers")
-    hint_share: float = Field(
-        0.6, ge=0, le=1, description="chance that a passage also has the lay word of a part, for each part"
+    hint_probability: float = Field(
+        0.6, ge=0, le=1, description="that a passage also has the lay word of a part, for each part"
     )
-    trap_share: float = Field(0.2, ge=0, le=1, description="facts with a passage in lay words that does not state them")
+    trap_probability: float = Field(
+        0.2, ge=0, le=1, description="that a fact has a passage in lay words that does not state it"
+    )
 
 
 class DataConfig(Strict):
@@ -282,7 +284,7 @@ class OptimizerConfig(Strict):
 class WarmupConfig(Strict):
     """Steps that teach a generator trained from nothing to read, before any arm starts; every arm gets the same.
 
-    One passage is read at a time, the rank loss is off. With probability `distant_share` it is one that BM25 finds for
+    One passage is read at a time, the rank loss is off. With `distant_probability` it is one that BM25 finds for
     question and right answer together (distant supervision: the answer is a training label, the gold passage is not
     used); else one that BM25 finds for the question alone, or a random one: not everything read is to be trusted. With
     `rename` words that occur in answers are exchanged at random in each example, alike in passage, options and answer:
@@ -290,10 +292,12 @@ class WarmupConfig(Strict):
     """
 
     steps: int = Field(3000, ge=0)
-    distant_share: tuple[Share, Share] = Field((0.8, 0.1), description="at the first step and, linearly, at the last")
+    distant_probability: tuple[UnitInterval, UnitInterval] = Field(
+        (0.8, 0.1), description="at the first step and, linearly, at the last"
+    )
     distant_depth: PositiveInt = Field(3, description="how many of the distant passages are in play")
-    rename: Share = Field(
-        1.0, description="exchange answer tokens that at most this share of passages holds; 0: none, 1: all"
+    rename: UnitInterval = Field(
+        1.0, description="exchange answer tokens that at most this fraction of passages holds; 0: none, 1: all"
     )
     learning_rate: float = Field(3e-3, gt=0)
 

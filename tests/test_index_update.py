@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from indexes import all_scores, build, clustered, digests_of, recall_of
 
-from jmlr_jax.retrieval.build import changed_share, update_index
+from jmlr_jax.retrieval.build import changed_fraction, update_index
 from jmlr_jax.retrieval.store import IndexUnusable, open_index
 from jmlr_jax.retrieval.vectors import TokenVectors
 
@@ -109,10 +109,10 @@ def test_an_update_writes_only_what_is_new(world, tmp_path):
 def test_how_much_an_update_would_change(world):
     old, new, q = world
     index = build(old, q, digests=digests_of(old))
-    assert changed_share(index, digests_of(old)) == 0
-    assert changed_share(index, digests_of(new)) == pytest.approx(1 - 140 / 250)  # 50 new, 60 dead
-    assert changed_share(updated(index, new), digests_of(new)) == pytest.approx(1 - 140 / 250)
-    assert changed_share(build(old, q), digests_of(old)) == 1
+    assert changed_fraction(index, digests_of(old)) == 0
+    assert changed_fraction(index, digests_of(new)) == pytest.approx(1 - 140 / 250)  # 50 new, 60 dead
+    assert changed_fraction(updated(index, new), digests_of(new)) == pytest.approx(1 - 140 / 250)
+    assert changed_fraction(build(old, q), digests_of(old)) == 1
 
 
 def test_filters_hold_after_an_update(world):

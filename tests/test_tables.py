@@ -136,7 +136,7 @@ def test_a_slow_refresh_is_waited_for_and_a_fast_one_is_not_adopted_early(
     threading.Timer(0.2, go.set).start()
     candidates.wait()  # as before a checkpoint
     after = candidates.seconds()
-    waited, beside = "speed/refresh_wait_share", "speed/refresh_share"
+    waited, beside = "speed/refresh_wait_fraction", "speed/refresh_fraction"
     assert after[waited] - before_waiting[waited] > 0.19 and after[beside] > 0.19
     assert candidates.seconds()[beside] == after[beside]  # stands still between refreshes
     assert (tmp_path / "step_0000004.npz").exists()

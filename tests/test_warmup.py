@@ -88,7 +88,7 @@ def test_a_lesson_depends_on_seed_step_and_rows_alone(lessons, run):
 @pytest.mark.parametrize("first, last", [(0.0, 0.0), (0.6, 0.6), (1.0, 0.0), (1.0, 1.0)])
 def test_the_share_of_passages_found_with_the_answer(tiny_data, tmp_path, monkeypatch, first, last):
     one_device(monkeypatch)
-    warmup = {"steps": 5, "distant_share": (first, last), "rename": 0.0}
+    warmup = {"steps": 5, "distant_probability": (first, last), "rename": 0.0}
     lessons = ReadingLessons(open_run(tiny_data, tmp_path, train={"warmup": warmup}))
     seen = []
     monkeypatch.setattr("jmlr_jax.training.warmup.assemble", lambda _p, _s, rows, table: seen.append(table) or {})

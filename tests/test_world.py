@@ -56,7 +56,7 @@ def test_counts_are_those_of_the_configuration(world):
     assert len(world.questions["train"]) == conditions["train"] * len(RELATIONS) * 3
     assert len(world.questions["test"]) == conditions["test"] * len(RELATIONS)
     traps = sum(p.id.endswith("-trap") for p in world.passages)
-    assert traps == pytest.approx(cfg.trap_share * cfg.conditions * len(RELATIONS), rel=0.1)
+    assert traps == pytest.approx(cfg.trap_probability * cfg.conditions * len(RELATIONS), rel=0.1)
     assert len(world.passages) - traps == cfg.conditions * len(RELATIONS)
 
 
@@ -111,7 +111,7 @@ def test_no_passage_gives_both_words_of_a_part_away(world):
     facts = [p for p in world.passages if not p.id.endswith("-trap")]
     assert not any(LAY & {*p.title.split()} for p in facts)
     hinted = np.mean([[word in p.text for word in ("it affects the", "there is")] for p in facts], axis=0)
-    assert hinted == pytest.approx(WorldConfig().hint_share, abs=0.03)
+    assert hinted == pytest.approx(WorldConfig().hint_probability, abs=0.03)
 
 
 def bm25_recall_at_1(world) -> float:
@@ -137,7 +137,7 @@ def test_with_lay_names_in_its_passages_word_matching_would_solve_it(monkeypatch
         return {"ic": list(LAY_ORGANS), "osis": list(LAY_PROCESSES)}.get(endings[0], words)
 
     monkeypatch.setattr(module, "_words", lay)
-    assert bm25_recall_at_1(make_world(WorldConfig(hint_share=0, trap_share=0), seed=3)) > 0.45
+    assert bm25_recall_at_1(make_world(WorldConfig(hint_probability=0, trap_probability=0), seed=3)) > 0.45
 
 
 def test_without_passages_an_answer_can_only_be_guessed(world):

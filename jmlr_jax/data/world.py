@@ -208,10 +208,10 @@ def make_world(cfg: WorldConfig, seed: int) -> World:
             value = fact[pair, r.name]
             sentences = [rng.choice(r.statements).format(formal=formal, value=value)]
             for hint in (f"it affects the {lay_organ} .", f"there is {lay_process} ."):
-                sentences.append(hint if rng.random() < cfg.hint_share else rng.choice(FILLERS))
+                sentences.append(hint if rng.random() < cfg.hint_probability else rng.choice(FILLERS))
             passage = Passage(f"c{c}-{r.name}", formal, " ".join(sentences), "world")
             passages.append(passage)
-            if rng.random() < cfg.trap_share:
+            if rng.random() < cfg.trap_probability:
                 text = " ".join([rng.choice(TRAPS).format(relation=r.name, lay=lay), *rng.sample(FILLERS, 2)])
                 passages.append(Passage(f"c{c}-{r.name}-trap", lay, text, "world"))
             options = _options(rng, value, values[r.name])

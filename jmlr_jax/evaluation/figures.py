@@ -57,13 +57,13 @@ PANELS = {  # metric in metrics.jsonl or speed.jsonl -> (title, unit or how to r
     "loss/rank": ("Rank loss", "lower is better"),
     "rank/pair_accuracy": ("Pair accuracy", "passage pairs ordered as the generator judges; 0.5 is chance"),
     "rank/entropy": ("Sampling entropy", "nats; falls as the retriever commits itself"),
-    "recall/candidates": ("Gold passage among the candidates", "share of questions"),
-    "recall/top1": ("Gold passage first", "share of questions, whole corpus"),
-    "index/staleness": ("Candidates replaced by a refresh", "share of the table"),
+    "recall/candidates": ("Gold passages among the candidates", "recall"),
+    "recall/top1": ("Gold passage first", "recall@1, whole corpus"),
+    "index/staleness": ("Candidates replaced by a refresh", "fraction of the table"),
     "speed/questions_per_s": ("Questions", "per second"),
     "speed/tokens_per_s": ("Tokens read", "per second"),
-    "speed/refresh_share": ("A refresh at work beside the steps", "share of the time"),
-    "speed/refresh_wait_share": ("Steps waiting for a refresh", "share of the time"),
+    "speed/refresh_fraction": ("A refresh at work beside the steps", "fraction of the time"),
+    "speed/refresh_wait_fraction": ("Steps waiting for a refresh", "fraction of the time"),
 }
 
 Curve = Sequence[tuple[int, float]]

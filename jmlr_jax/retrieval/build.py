@@ -13,7 +13,7 @@ from jmlr_jax.retrieval.encoding import BATCH
 from jmlr_jax.retrieval.exact import ExactIndex, ExactSearch
 from jmlr_jax.retrieval.scann import SAMPLE_PASSAGES, ScannIndex, build_part
 from jmlr_jax.retrieval.store import DIGEST_BYTES, Card, Index, IndexUnusable
-from jmlr_jax.retrieval.tune import Curve, share_found, tune
+from jmlr_jax.retrieval.tune import Curve, ann_recall, tune
 from jmlr_jax.retrieval.vectors import EncodeRows, TokenVectors, drawn_rows
 
 
@@ -91,7 +91,7 @@ def build_index(
             exact_NxK, _ = oracle.result()
             index, curve = tune(index, sample_q_NxQxC, exact_NxK, cfg.rerank, cfg.recall)
             got_NxK, _ = index.search(sample_q_NxQxC, exact_NxK.shape[1])
-            recall = {str(k): share_found(exact_NxK[:, :k], got_NxK[:, :k]) for k in recall_at}
+            recall = {str(k): ann_recall(exact_NxK[:, :k], got_NxK[:, :k]) for k in recall_at}
         searcher = index
     card = Card(
         kind=searcher.kind,
@@ -165,8 +165,8 @@ def update_index(
     return index.replaced(new, index.card.model_copy(update=changes), digests_Ex16)
 
 
-def changed_share(index: Index, digests_Nx16: np.ndarray) -> float:
-    """Share of the entries that an update would leave new or dead, outside the tuning; 1 without digests."""
+def changed_fraction(index: Index, digests_Nx16: np.ndarray) -> float:
+    """Fraction of the entries that an update would leave new or dead, outside the tuning; 1 without digests."""
     if index.digests_Ex16 is None:
         return 1.0
     entry_N, rows = match_entries(index.digests_Ex16, digests_Nx16)

@@ -55,10 +55,10 @@ class Curve(BaseModel):
     points: list[Point]
 
 
-def share_found(want_NxK: np.ndarray, got_NxK: np.ndarray) -> float:
+def ann_recall(want_NxK: np.ndarray, got_NxK: np.ndarray) -> float:
     """Mean share of the wanted rows of a question that were found; -1 on the right of a row is padding.
 
-    >>> share_found(np.array([[4, 2], [7, -1]]), np.array([[2, 9], [7, 1]]))
+    >>> ann_recall(np.array([[4, 2], [7, -1]]), np.array([[2, 9], [7, 1]]))
     0.75
     """
     shares = [np.isin(want[want >= 0], got).mean() for want, got in zip(want_NxK, got_NxK, strict=True)]
@@ -142,7 +142,7 @@ def _points(index: ScannIndex, q_NxQxC: np.ndarray, exact_NxK: np.ndarray, most:
             got, _ = best_of(row[:, :scored], score[:, :scored], k)
             rough_hits = hits if scored < hits else 0
             ms = 1000 * (nearest_s + (score_s * scored + rough_s * rough_hits) / row_NxH.shape[1])
-            recall = round(share_found(exact_NxK, got), 5)
+            recall = round(ann_recall(exact_NxK, got), 5)
             points.append(
                 Point(
                     hits=hits,

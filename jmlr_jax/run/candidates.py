@@ -91,12 +91,12 @@ class Candidates:
         self._waited = 0.0
 
     def seconds(self) -> dict[str, float]:
-        """What refreshes have cost this process so far, in seconds, by the metric that their share of the time becomes:
+        """What refreshes have cost this process, in seconds, by the metric that their fraction of the time becomes:
         a thread of theirs was at work beside the steps, and no step could begin for one."""
         done, began = self._beside
         return {
-            "speed/refresh_share": done + (time.monotonic() - began if began else 0.0),
-            "speed/refresh_wait_share": self._waited,
+            "speed/refresh_fraction": done + (time.monotonic() - began if began else 0.0),
+            "speed/refresh_wait_fraction": self._waited,
         }
 
     def start(self, step: int, retriever: Any, rows: np.ndarray) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from jmlr_jax.nn.functional import encode_passages, encode_queries
 from jmlr_jax.parallel.placement import local_mesh
-from jmlr_jax.retrieval.build import build_index, changed_share, update_index
+from jmlr_jax.retrieval.build import build_index, changed_fraction, update_index
 from jmlr_jax.retrieval.candidates import build_table
 from jmlr_jax.retrieval.encode import encode_passages_batched, encode_queries_batched
 from jmlr_jax.retrieval.saved import shard_fingerprint, shard_folder
@@ -75,7 +75,7 @@ def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool
         if same_corpus:
             return index
         digests = _digests(run, passages)
-        if changed_share(index, digests) <= UPDATE_BELOW:
+        if changed_fraction(index, digests) <= UPDATE_BELOW:
             with _alone(run):
                 return update_index(index, digests, encode_rows, corpus_fingerprint=corpus)
     cfg, prepared = run.cfg, run.prepared

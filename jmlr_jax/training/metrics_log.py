@@ -32,7 +32,7 @@ class MetricsLog:
       every: steps between lines of the files; the last step is always written.
       questions: per step, for the speed.
       step: steps done already; what the files hold of later ones was lost in a crash and is cut off.
-      seconds: what else the clock knows, in seconds from any start; its share of the time between lines is written
+      seconds: what else the clock knows, in seconds from any start; its fraction of the time between lines is written
         under the same name.
     """
 

@@ -35,13 +35,13 @@ class ReadingLessons:
         rng = np.random.default_rng((self.run.cfg.seed, step))
         near = self._pick(rng, self.distant[rows])
         other = self._pick(rng, self.others[rows])
-        table_Bx1 = np.where(rng.random(len(rows)) < self._distant_share(step), near, other)[:, None]
+        table_Bx1 = np.where(rng.random(len(rows)) < self._distant_probability(step), near, other)[:, None]
         batch = assemble(self.run.prepared, "train", rows, table_Bx1)
         batch = rename(batch, self.renamed, rng) if len(self.renamed) else batch
         return {name: x_B[held] for name, x_B in batch.items()}
 
-    def _distant_share(self, step: int) -> float:
-        first, last = self.run.cfg.train.warmup.distant_share
+    def _distant_probability(self, step: int) -> float:
+        first, last = self.run.cfg.train.warmup.distant_probability
         return first + (last - first) * step / self.run.cfg.train.warmup.steps
 
     @cached_property
