@@ -201,10 +201,10 @@ def sizing(points: list[dict[str, Any]], hosts: tuple[int, ...] = (1, 8, 32)) ->
         return float(fitted @ [passages / 1e6, assigning(passages, passages * per_passage)]) / processes
 
     # Beside the index and the encodings: the sample, what learning and tuning hold.
-    other = max(0, last["peak_bytes"] - last["bytes"] - 4 * cfg.directions * last["passages"])
+    other = max(0, last["peak_bytes"] - last["bytes"] - 4 * cfg.pca_components * last["passages"])
     lines = [
-        f"model: {per_passage:.0f} tokens a passage at {code:.0f} bytes; ScaNN {cfg.directions // 2} bytes a passage,",
-        f"twice with a tree; while building {4 * cfg.directions} bytes a passage of encodings, {other / GIB:.1f} GiB",
+        f"model: {per_passage:.0f} tokens a passage at {code:.0f} bytes; ScaNN {cfg.pca_components // 2} bytes a passage,",
+        f"twice with a tree; while building {4 * cfg.pca_components} bytes a passage of encodings, {other / GIB:.1f} GiB",
         f"for the sample, learning, tuning; {fitted[0]:.0f} seconds a million passages, {fitted[1]:.1f} a trillion",
         "multiplications of tokens and centroids, whose number grows with the square root of the tokens up to 16,384;",
         "the retriever's own encoding is not in it",
@@ -216,9 +216,9 @@ def sizing(points: list[dict[str, Any]], hosts: tuple[int, ...] = (1, 8, 32)) ->
     ]
     for passages in (100_000, 1_000_000, 24_000_000):
         tokens = passages * per_passage * code + 8 * passages
-        scann = passages * cfg.directions / 2 * (2 if settings(passages).leaves else 1)
+        scann = passages * cfg.pca_components / 2 * (2 if settings(passages).leaves else 1)
         disk = tokens + scann + 24 * passages
-        building = disk + 4 * cfg.directions * passages + other
+        building = disk + 4 * cfg.pca_components * passages + other
         share = [f"{disk / h / GIB:.1f} GiB, {seconds(passages, h) / 3600:.1f} h" for h in hosts[1:]]
         lines.append(
             f"| {passages:,} | {disk / GIB:.1f} GiB | {(scann + 32 * passages) / GIB:.1f} GiB and page cache | "
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--png", type=Path)
     parser.add_argument("--size", type=Path, metavar="JSON", help="sizing table and picture of an earlier run")
     parser.add_argument("--one", action="store_true", help="measure one size here and print it")
-    parser.add_argument("index", nargs="*", help="overrides of the index: directions=256")
+    parser.add_argument("index", nargs="*", help="overrides of the index: pca_components=256")
     args = parser.parse_intermixed_args()
     overrides = dict(pair.split("=", 1) for pair in args.index)
     if args.size:

@@ -257,8 +257,8 @@ class IndexConfig(Strict):
     fde_simhash_bits: PositiveInt = 6
     fde_projection: PositiveInt = Field(16, description="width of each projected block")
     fde_final: PositiveInt = Field(20480, description="width of the random final projection; 20480 is all of the above")
-    directions: PositiveInt = Field(
-        256, description="main directions of the encodings, learned from a sample, that ScaNN searches"
+    pca_components: PositiveInt = Field(
+        256, description="principal components of the encodings, learned from a sample, that ScaNN searches"
     )
     oracle_queries: PositiveInt = Field(200, description="queries on which recall against the oracle is measured")
 

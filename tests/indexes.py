@@ -20,7 +20,7 @@ CFG = IndexConfig(
     fde_simhash_bits=3,
     fde_projection=8,
     fde_final=256,
-    directions=100,
+    pca_components=100,
 )
 
 

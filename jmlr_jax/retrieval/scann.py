@@ -172,7 +172,7 @@ class ScannIndex:
         )
         encoding = plain_encoding(cfg, sample.vectors_NxPxC.shape[-1], seed)
         some = sample.rows(encoding_sample(len(sample), seed))
-        encoding = reduced(encoding, passage_vectors(encoding, some), cfg.directions)
+        encoding = reduced(encoding, passage_vectors(encoding, some), cfg.pca_components)
         part = build_part(encoding, code, pieces, passages, how)
         return cls(encoding, code, (part,), np.arange(passages), cfg.rerank, part.how.leaves_searched)
 
