@@ -110,7 +110,7 @@ def measure(grown: Grown, questions: int, overrides: dict[str, str]) -> dict[str
         model_fingerprint="minilm",
         corpus_fingerprint="grown",
         sample_q_NxQxC=q[:TUNING],
-        recall_at=(TOP,),
+        ann_recall_at=(TOP,),
     )
     assert index.curve is not None and isinstance(index.searcher, ScannIndex)
     peak = memory("VmHWM") - before  # the real passages, from which the others are made, are no part of the index
@@ -136,7 +136,7 @@ def measure(grown: Grown, questions: int, overrides: dict[str, str]) -> dict[str
         "tokens": tokens,
         "hits": card.hits,
         "leaves": card.leaves,
-        "recall@30_vs_exact": card.recall[str(TOP)],
+        "ann_recall@30": card.ann_recall[str(TOP)],
         "qps_batch": round(batch, 2),
         "p50_ms": round(float(np.percentile(each, 50)), 2),
         "p95_ms": round(float(np.percentile(each, 95)), 2),
@@ -162,7 +162,7 @@ def picture(points: list[dict[str, Any]], path: Path) -> None:
     for point in points:
         full = [at for at in point["curve"] if at["spare"] == 1]
         hits = sorted({at["hits"] for at in full})
-        best = [max(at["recall"] for at in full if at["hits"] == one) for one in hits]
+        best = [max(at["ann_recall"] for at in full if at["hits"] == one) for one in hits]
         recall.plot(hits, best, marker=".", label=f"{point['passages']:,} passages")
     recall.set(xscale="log", xlabel="hits", title="recall@30 of exact MaxSim")
     recall.legend()
@@ -190,6 +190,7 @@ def assigning(passages: float, tokens: float) -> float:
 def sizing(points: list[dict[str, Any]], hosts: tuple[int, ...] = (1, 8, 32)) -> str:
     """A table for 0.1M, 1M and 24M passages, with the model it follows."""
     cfg = IndexConfig()
+    components = cfg.pca_components
     last = points[-1]
     per_passage = last["tokens"] / last["passages"]
     code = cfg.bits * source.DIM / 8 + 3  # centroid number and gain
@@ -201,10 +202,10 @@ def sizing(points: list[dict[str, Any]], hosts: tuple[int, ...] = (1, 8, 32)) ->
         return float(fitted @ [passages / 1e6, assigning(passages, passages * per_passage)]) / processes
 
     # Beside the index and the encodings: the sample, what learning and tuning hold.
-    other = max(0, last["peak_bytes"] - last["bytes"] - 4 * cfg.pca_components * last["passages"])
+    other = max(0, last["peak_bytes"] - last["bytes"] - 4 * components * last["passages"])
     lines = [
-        f"model: {per_passage:.0f} tokens a passage at {code:.0f} bytes; ScaNN {cfg.pca_components // 2} bytes a passage,",
-        f"twice with a tree; while building {4 * cfg.pca_components} bytes a passage of encodings, {other / GIB:.1f} GiB",
+        f"model: {per_passage:.0f} tokens a passage at {code:.0f} bytes; ScaNN {components // 2} bytes a passage,",
+        f"twice with a tree; while building {4 * components} bytes a passage of encodings, {other / GIB:.1f} GiB",
         f"for the sample, learning, tuning; {fitted[0]:.0f} seconds a million passages, {fitted[1]:.1f} a trillion",
         "multiplications of tokens and centroids, whose number grows with the square root of the tokens up to 16,384;",
         "the retriever's own encoding is not in it",
@@ -216,9 +217,9 @@ def sizing(points: list[dict[str, Any]], hosts: tuple[int, ...] = (1, 8, 32)) ->
     ]
     for passages in (100_000, 1_000_000, 24_000_000):
         tokens = passages * per_passage * code + 8 * passages
-        scann = passages * cfg.pca_components / 2 * (2 if settings(passages).leaves else 1)
+        scann = passages * components / 2 * (2 if settings(passages).leaves else 1)
         disk = tokens + scann + 24 * passages
-        building = disk + 4 * cfg.pca_components * passages + other
+        building = disk + 4 * components * passages + other
         share = [f"{disk / h / GIB:.1f} GiB, {seconds(passages, h) / 3600:.1f} h" for h in hosts[1:]]
         lines.append(
             f"| {passages:,} | {disk / GIB:.1f} GiB | {(scann + 32 * passages) / GIB:.1f} GiB and page cache | "

@@ -113,8 +113,8 @@ def _act(command: _Command, args: argparse.Namespace, rest: list[str]) -> int:
 def _configuration(args: argparse.Namespace, overrides: list[str]) -> Config:
     """The configuration asked for: that of ``--config``, else the one saved in ``--run-dir``, else the defaults."""
     source: str | None = args.config
-    if getattr(args, "recall", None) is not None:
-        overrides = [*overrides, f"index.recall={args.recall}"]
+    if getattr(args, "ann_recall", None) is not None:
+        overrides = [*overrides, f"index.ann_recall={args.ann_recall}"]
     if args.run_dir is not None:
         overrides = [*overrides, f"run_dir={args.run_dir}"]
         saved = os.path.join(args.run_dir, config_io.RESOLVED_NAME)
@@ -302,7 +302,9 @@ def _parser() -> argparse.ArgumentParser:
         elif name == "eval":
             sub.add_argument("--arm", choices=(*ARMS, "all"), default="all", help="default: all (eval.arms)")
         elif name == "index":
-            sub.add_argument("--recall", type=float, metavar="SHARE", help="to tune to; short for index.recall=SHARE")
+            sub.add_argument(
+                "--ann-recall", type=float, metavar="FRACTION", help="to tune to; short for index.ann_recall=FRACTION"
+            )
         elif name == "search":
             sub.add_argument(
                 "--arm", default="initial", metavar="NAME", help="whose retriever: a trained phase; default: initial"

@@ -243,12 +243,12 @@ class IndexConfig(Strict):
     kind: Literal["auto", "exact", "scann"] = Field("auto", description="auto: exact below `exact_below` passages")
     exact_below: int = Field(20_000, ge=0)
     encode_batch: PositiveInt = 128
-    rerank: PositiveInt = Field(6000, description="ScaNN hits that MaxSim scores, at most; see `recall`")
-    recall: float | None = Field(
+    rerank: PositiveInt = Field(6000, description="ScaNN hits that MaxSim scores, at most; see `ann_recall`")
+    ann_recall: float | None = Field(
         0.95,
         gt=0,
         le=1,
-        description="share of the exact best that must be found, by the least work; null: score `rerank` hits",
+        description="fraction of the exact best that must be found, by the least work; null: score `rerank` hits",
     )
     bits: float = Field(
         4.0, gt=0, le=16, description="of stored token vectors, per dimension; 16: float16, no code; else at most 8"
@@ -260,7 +260,9 @@ class IndexConfig(Strict):
     pca_components: PositiveInt = Field(
         256, description="principal components of the encodings, learned from a sample, that ScaNN searches"
     )
-    oracle_queries: PositiveInt = Field(200, description="queries on which recall against the oracle is measured")
+    oracle_queries: PositiveInt = Field(
+        200, description="queries on which ANN recall, against the exact oracle, is measured"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> IndexConfig:
@@ -366,7 +368,7 @@ class EvalConfig(Strict):
     batch_size: PositiveInt = 64
     max_questions: int = Field(0, ge=0, description="0: all")
     bootstrap: PositiveInt = 2000
-    recall_at: tuple[PositiveInt, ...] = (1, 5, 10)
+    hit_at: tuple[PositiveInt, ...] = (1, 5, 10)
 
 
 class MeshConfig(Strict):

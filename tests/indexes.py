@@ -14,7 +14,7 @@ DIM, TOKENS, QUERY_TOKENS = 16, 8, 5
 CFG = IndexConfig(
     kind="scann",
     rerank=40,
-    recall=None,
+    ann_recall=None,
     bits=16,
     fde_repetitions=8,
     fde_simhash_bits=3,
@@ -66,5 +66,5 @@ def build(vectors, q, kind="scann", digests=None, **changes):
         model_fingerprint="model-a",
         corpus_fingerprint="corpus-a",
         sample_q_NxQxC=q,
-        recall_at=(1, 10),
+        ann_recall_at=(1, 10),
     )

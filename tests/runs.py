@@ -46,7 +46,7 @@ TINY: dict[str, Any] = {
         "log_steps": 1,
         "warmup": {"steps": 0},
     },
-    "eval": {"max_questions": 4, "bootstrap": 20, "batch_size": 4, "recall_at": [1, 5]},
+    "eval": {"max_questions": 4, "bootstrap": 20, "batch_size": 4, "hit_at": [1, 5]},
 }
 
 

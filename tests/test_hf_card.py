@@ -22,7 +22,7 @@ PREPARE = {
 ROW = {"n": 31, "accuracy": 0.6129, "low": 0.45, "high": 0.77, "unparsed": 2}
 ROW |= {"generation_accuracy": 0.5806, "generation_low": 0.4, "generation_high": None}
 INDEX = {"kind": "scann", "passages": 777, "dim": 64}
-INDEX |= {"recall": {"10": 0.987}, "oracle_queries": 200}
+INDEX |= {"ann_recall": {"10": 0.987}, "oracle_queries": 200}
 
 
 def card(cfg: Config, **changes: Any) -> str:
@@ -47,7 +47,7 @@ def test_everything_recorded_is_there(tmp_path: Path) -> None:
         "Passages: 777; corpus fingerprint `c0ffeec0ffeec0ff`",
         "3 passages that share 12 words",
         "train.jsonl: 95 records",
-        "Kind `scann`, 777 passages, token vectors of width 64. Recall against exact search over 200 questions",
+        "Kind `scann`, 777 passages, token vectors of width 64. ANN recall (agreement with exact search)",
         "98.7% at 10",
         "no medical device",
         "generator: licence of its base model: llama2",

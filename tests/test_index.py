@@ -181,44 +181,45 @@ def test_centroids_choose_what_is_scored_in_full():
 @pytest.mark.parametrize("bits", [16, 8])
 def test_tuning_takes_the_fewest_hits_that_reach_the_target(bits):
     vectors, q = clustered(500, 60)
-    index = build(vectors, q, rerank=400, recall=0.9, bits=bits)
+    index = build(vectors, q, rerank=400, ann_recall=0.9, bits=bits)
     truth = np.argsort(-all_scores(vectors, q), axis=1)[:, :10]
     curve = index.curve
-    assert curve.chosen.recall >= curve.target == 0.9 and curve.k == 10 and curve.questions == 60
+    assert curve.chosen.ann_recall >= curve.target == 0.9 and curve.k == 10 and curve.questions == 60
     assert list(dict.fromkeys(p.hits for p in curve.points)) == tune.grid(10, 400)
     assert all(p.scored == p.hits for p in curve.points) == (bits == 16)
 
     def work(p):
         return 12 * p.scored + (p.hits if p.scored < p.hits else 0)
 
-    best = min((p for p in curve.points if p.recall >= 0.9), key=work)
+    best = min((p for p in curve.points if p.ann_recall >= 0.9), key=work)
     assert curve.chosen == best and 10 < index.card.hits == best.hits < 400 and index.card.spare == best.spare
-    assert recall_of(index.search(q, 10)[0], truth) == pytest.approx(best.recall, abs=1e-3)
-    assert index.card.recall["10"] >= 0.9 and index.card.recall_target == 0.9
+    assert recall_of(index.search(q, 10)[0], truth) == pytest.approx(best.ann_recall, abs=1e-3)
+    assert index.card.ann_recall["10"] >= 0.9 and index.card.ann_recall_target == 0.9
     assert tune.picture(curve).startswith(b"\x89PNG")
 
 
 def test_a_target_out_of_reach_is_owned_up_to():
     vectors, q = clustered(500, 40)
-    index = build(vectors, q, rerank=12, recall=0.999)
-    assert index.curve.chosen.recall < index.curve.target and index.card.hits == 12 and index.card.recall["10"] < 0.999
+    index = build(vectors, q, rerank=12, ann_recall=0.999)
+    assert index.curve.chosen.ann_recall < index.curve.target and index.card.hits == 12
+    assert index.card.ann_recall["10"] < 0.999
 
 
 def test_a_tree_is_tuned_in_both_directions(monkeypatch):
     monkeypatch.setattr(scann, "settings", lambda passages: ScannSettings(32, 4, True))
     vectors, q = clustered(1500, 30)
-    index = build(vectors, q, rerank=100, recall=0.7)
+    index = build(vectors, q, rerank=100, ann_recall=0.7)
     assert {p.leaves for p in index.curve.points} == {2, 4, 8, 16, 32}
     assert index.card.leaves == index.curve.chosen.leaves == index.searcher.leaves
     assert all(p.scanned == round(1500 * p.leaves / 32) for p in index.curve.points)
     chosen = index.curve.chosen
-    assert chosen.recall >= 0.7
+    assert chosen.ann_recall >= 0.7
     assert chosen == cheapest(index.curve.points, 0.7)
 
 
 def test_the_least_work_is_chosen():
-    def point(hits: int, scored: int, scanned: int, recall: float = 0.95) -> Point:
-        return Point(hits=hits, leaves=2, spare=4, scanned=scanned, scored=scored, recall=recall, ms=1.0)
+    def point(hits: int, scored: int, scanned: int, ann_recall: float = 0.95) -> Point:
+        return Point(hits=hits, leaves=2, spare=4, scanned=scanned, scored=scored, ann_recall=ann_recall, ms=1.0)
 
     usual = point(1000, 250, 50_000)
     for other, best in (
@@ -229,11 +230,12 @@ def test_the_least_work_is_chosen():
         (point(990, 250, 75_000), False),  # but not free
         (point(600, 300, 50_000), False),  # a hit in full costs as much as several by centroids
         (point(280, 280, 50_000), True),  # all in full: none by centroids
-        (point(10, 10, 10, recall=0.9), False),  # not good enough
+        (point(10, 10, 10, ann_recall=0.9), False),  # not good enough
     ):
         assert (cheapest([usual, other], 0.95) == other) is best
         assert (cheapest([other, usual], 0.95) == other) is best
-    assert cheapest([usual, point(2000, 10, 10, recall=0.97), point(1000, 2000, 10, recall=0.97)], 0.99).hits == 1000
+    fewer, more = point(1000, 2000, 10, ann_recall=0.97), point(2000, 10, 10, ann_recall=0.97)
+    assert cheapest([usual, more, fewer], 0.99) == fewer
 
 
 def test_pieces_make_the_same_index_as_the_whole(monkeypatch):
@@ -273,7 +275,7 @@ def streamed(encode_rows, passages, q, **changes):
         model_fingerprint="model-a",
         corpus_fingerprint="corpus-a",
         sample_q_NxQxC=q,
-        recall_at=(5,),
+        ann_recall_at=(5,),
     )
 
 

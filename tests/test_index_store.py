@@ -62,14 +62,14 @@ def test_card(tmp_path):
     want = all_scores(vectors, q[:15])
     got, _ = index.search(q[:15], 10)
     assert card["kind"] == "scann" and card["oracle_queries"] == 15
-    assert card["recall"]["10"] == pytest.approx(recall_of(got, np.argsort(-want, axis=1)[:, :10]))
-    assert card["recall"]["1"] == pytest.approx(recall_of(got[:, :1], np.argsort(-want, axis=1)[:, :1]))
+    assert card["ann_recall"]["10"] == pytest.approx(recall_of(got, np.argsort(-want, axis=1)[:, :10]))
+    assert card["ann_recall"]["1"] == pytest.approx(recall_of(got[:, :1], np.argsort(-want, axis=1)[:, :1]))
     assert [card["passages"], card["entries"], card["dim"], card["hits"]] == [200, 200, DIM, 40]
     assert card["total_bytes"] == sum(f.stat().st_size for f in tmp_path.glob("data-*/**/*") if f.is_file())
     curve = json.loads((folder_with(tmp_path, "tradeoff.json") / "tradeoff.json").read_text())
     assert curve["k"] == 10 and curve["chosen"]["hits"] == 40
     assert (folder_with(tmp_path, "tradeoff.png") / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
-    assert build(vectors, q, "exact").card.recall == {}
+    assert build(vectors, q, "exact").card.ann_recall == {}
 
 
 def test_another_model_or_corpus_is_refused(saved):

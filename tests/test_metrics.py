@@ -9,12 +9,12 @@ from jmlr_jax.evaluation import metrics
 from jmlr_jax.evaluation.metrics import (
     bootstrap_interval,
     exact_match,
+    hit_at,
     mrr_at,
     ndcg_at,
     paired_bootstrap,
     parse_answer,
     ranking_summary,
-    recall_at,
     token_f1,
 )
 
@@ -33,14 +33,14 @@ def test_ranking_equals_brute_force():
         count = rng.integers(1, 5)
         row[:count] = rng.permutation(40)[:count]
     gold[2] = [3, 3, 8, -1]  # a row listed twice counts once
-    expected = {"recall@1": [], "recall@5": [], "mrr@10": [], "ndcg@10": []}
+    expected = {"hit@1": [], "hit@5": [], "mrr@10": [], "ndcg@10": []}
     for row, golds in zip(table, gold, strict=True):
         golds = {int(g) for g in golds if g >= 0}
         if not golds:
             continue
         ranks = [r for r, p in enumerate(row, 1) if p >= 0 and int(p) in golds]
-        expected["recall@1"].append(any(r <= 1 for r in ranks))
-        expected["recall@5"].append(any(r <= 5 for r in ranks))
+        expected["hit@1"].append(any(r <= 1 for r in ranks))
+        expected["hit@5"].append(any(r <= 5 for r in ranks))
         expected["mrr@10"].append(max([1 / r for r in ranks if r <= 10], default=0))
         ideal = sum(1 / np.log2(1 + r) for r in range(1, min(len(golds), 10) + 1))
         expected["ndcg@10"].append(sum(1 / np.log2(1 + r) for r in ranks if r <= 10) / ideal)
@@ -51,13 +51,13 @@ def test_ranking_equals_brute_force():
 
 def test_ranking_of_padding_short_tables_and_no_gold():
     table, gold = np.array([[-1, -1], [3, 1]]), np.array([[-1, -1], [1, -1]])
-    assert np.isnan(recall_at(table, gold, 1)[0])  # padding on both sides is not a hit
-    assert recall_at(table, gold, 50)[1] == 1 and mrr_at(table, gold)[1] == 0.5
+    assert np.isnan(hit_at(table, gold, 1)[0])  # padding on both sides is not a hit
+    assert hit_at(table, gold, 50)[1] == 1 and mrr_at(table, gold)[1] == 0.5
     assert ndcg_at(table, gold, 10)[1] == pytest.approx(1 / np.log2(3))
     assert ranking_summary(table[:1], gold[:1]) == {"n": 0}
-    assert recall_at(np.zeros((2, 0), int), gold, 5)[1] == 0
+    assert hit_at(np.zeros((2, 0), int), gold, 5)[1] == 0
     with pytest.raises(ValueError, match=r"\(2, 2\) and \(1, 2\)"):
-        recall_at(table, gold[:1], 1)
+        hit_at(table, gold[:1], 1)
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():

@@ -49,7 +49,7 @@ def test_the_report_has_the_agreed_form(finished):
     for arm in found["arms"].values():
         assert {"accuracy", "low", "high", "n", "unparsed"} <= set(arm)
         assert arm["low"] <= arm["accuracy"] <= arm["high"] and arm["n"] == 4 and 0 <= arm["unparsed"] <= 4
-    assert set(found["retriever"]["recall@1"]) == {"before", "after"}
+    assert set(found["retriever"]["hit@1"]) == {"before", "after"}
     assert found["seeds"] == 1 and found["missing"] == []
     assert set(found["seconds"]) == {"train", "total"} and 0 < found["seconds"]["train"] < found["seconds"]["total"]
 

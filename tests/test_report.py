@@ -63,8 +63,8 @@ def write_arm(folder, arm, accuracy, n=40, seed=0, evil=False):
 
 
 def write_rest(folder, seed=0):
-    scores = {"recall@1": 0.2 + 0.1 * seed, "recall@5": 0.4, "mrr@10": 0.3, "ndcg@10": 0.3, "n": 40}
-    after = {"recall@1": 0.7, "recall@5": 0.9, "mrr@10": 0.8, "ndcg@10": 0.8, "n": 40}
+    scores = {"hit@1": 0.2 + 0.1 * seed, "hit@5": 0.4, "mrr@10": 0.3, "ndcg@10": 0.3, "n": 40}
+    after = {"hit@1": 0.7, "hit@5": 0.9, "mrr@10": 0.8, "ndcg@10": 0.8, "n": 40}
     (folder / "eval").mkdir(parents=True, exist_ok=True)
     retriever = {"before": scores, "after": after, "arms": {"bm25": scores}}
     (folder / "eval" / "retriever.json").write_text(json.dumps(retriever))
@@ -96,7 +96,7 @@ def test_report_json_has_the_agreed_form(full):
     for row in content["arms"].values():
         assert all(isinstance(row[key], int | float) for key in ("accuracy", "low", "high", "n", "unparsed"))
         assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
-    for metric in ("recall@1", "recall@5"):
+    for metric in ("hit@1", "hit@5"):
         assert set(content["retriever"][metric]) == {"before", "after"}
     assert content["seeds"] == 2
     assert set(content["seconds"]) == {"train", "total"}
@@ -116,9 +116,9 @@ def test_numbers_over_seeds(full):
         assert (row["low"], row["high"]) == pytest.approx((pooled.low, pooled.high))
         assert row["nll"] == pytest.approx(1.0) and row["nll_gain"] == pytest.approx(1.0)
         assert sum(kind["n"] for kind in row["by_kind"].values()) == 80
-    assert content["retriever"]["recall@1"] == pytest.approx({"before": 0.25, "after": 0.7})
+    assert content["retriever"]["hit@1"] == pytest.approx({"before": 0.25, "after": 0.7})
     assert "n" not in content["retriever"]
-    assert content["retriever_by_arm"]["bm25"]["recall@1"] == pytest.approx(0.25)
+    assert content["retriever_by_arm"]["bm25"]["hit@1"] == pytest.approx(0.25)
     assert content["seconds"] == {"train": 11.0, "total": 30.0}
     assert content["chance"] == 0.25
 

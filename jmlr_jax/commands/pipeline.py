@@ -85,7 +85,7 @@ def index(run: Run) -> None:
             kept = keep_index(run, name or INITIAL, retriever, console.print, progress=shows_progress(console))
             gather(None)  # what process 0 reports is there of all
         card = kept.card
-        found = ", ".join(f"recall@{k} {r:.3f} of the exact index" for k, r in card.recall.items())
+        found = ", ".join(f"ANN recall@{k} {r:.3f}" for k, r in card.ann_recall.items())
         console.print(
             f"{index_folder(run, name or INITIAL)}: {card.kind} index of {card.passages:,} passages, "
             f"{card.build_seconds:.1f} s"

@@ -36,13 +36,13 @@ def hits(table_NxK: ArrayLike, gold_NxG: ArrayLike) -> NDArray[np.bool_]:
     return found
 
 
-def recall_at(table_NxK: ArrayLike, gold_NxG: ArrayLike, k: int) -> Values:
+def hit_at(table_NxK: ArrayLike, gold_NxG: ArrayLike, k: int) -> Values:
     """1 where any gold passage stands among the first k, else 0; NaN for a question without gold passages.
 
-    One gold passage is enough to answer from, so this is what open-domain QA calls top-k recall (or hit@k); with a
-    single gold passage it is recall in every sense.
+    One gold passage is enough to answer from, so open-domain QA calls this top-k accuracy or recall; with a single
+    gold passage it equals hit@k.
 
-    >>> recall_at([[4, 2, -1], [5, 6, 7], [1, 2, 3]], [[2, -1], [-1, -1], [9, 8]], 2)
+    >>> hit_at([[4, 2, -1], [5, 6, 7], [1, 2, 3]], [[2, -1], [-1, -1], [9, 8]], 2)
     array([ 1., nan,  0.])
     """
     return _with_gold(hits(table_NxK, gold_NxG)[:, :k].any(1).astype(np.float64), gold_NxG)
@@ -74,17 +74,15 @@ def ndcg_at(table_NxK: ArrayLike, gold_NxG: ArrayLike, k: int = 10) -> Values:
     return _with_gold(found @ discount[: found.shape[1]] / np.where(ideal > 0, ideal, 1.0), gold_NxG)
 
 
-def ranking_summary(
-    table_NxK: ArrayLike, gold_NxG: ArrayLike, recall_ks: Sequence[int] = (1, 5, 10)
-) -> dict[str, float]:
-    """Means over the questions that have gold passages: ``recall@k`` for each k, ``mrr@10``, ``ndcg@10`` and ``n``.
+def ranking_summary(table_NxK: ArrayLike, gold_NxG: ArrayLike, hit_ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Means over the questions that have gold passages: ``hit@k`` for each k, ``mrr@10``, ``ndcg@10`` and ``n``.
 
     ``n`` is the number of questions averaged; with n = 0 the means are left out.
     """
     n = int((_gold_count(gold_NxG) > 0).sum())
     if n == 0:
         return {"n": 0}
-    summary = {f"recall@{k}": float(np.nanmean(recall_at(table_NxK, gold_NxG, k))) for k in recall_ks}
+    summary = {f"hit@{k}": float(np.nanmean(hit_at(table_NxK, gold_NxG, k))) for k in hit_ks}
     summary["mrr@10"] = float(np.nanmean(mrr_at(table_NxK, gold_NxG)))
     summary["ndcg@10"] = float(np.nanmean(ndcg_at(table_NxK, gold_NxG)))
     return {**summary, "n": n}

@@ -30,7 +30,7 @@ def build_index(
     model_fingerprint: str,
     corpus_fingerprint: str,
     sample_q_NxQxC: np.ndarray,
-    recall_at: tuple[int, ...],
+    ann_recall_at: tuple[int, ...],
     seed: int = 0,
     digests_Nx16: np.ndarray | None = None,
 ) -> Index:
@@ -46,8 +46,8 @@ def build_index(
       cfg: kind, encoding, code, target.
       model_fingerprint: of the retriever that made the vectors (:func:`jmlr_jax.retrieval.store.params_fingerprint`).
       corpus_fingerprint: of the tokenised corpus.
-      sample_q_NxQxC: questions for recall against the exact oracle; at most ``cfg.oracle_queries`` are used.
-      recall_at: the K at which recall is measured, such as ``train.candidates``; the index is tuned at the largest.
+      sample_q_NxQxC: questions for ANN recall, against the exact oracle; at most ``cfg.oracle_queries`` are used.
+      ann_recall_at: the K at which ANN recall is measured, such as ``train.candidates``; the largest is tuned for.
       seed: of all random draws.
       digests_Nx16: uint8 :func:`jmlr_jax.retrieval.store.passage_digests` of every passage, without which the index
         cannot be updated.
@@ -60,15 +60,15 @@ def build_index(
     start = time.perf_counter()
     curve: Curve | None = None
     kind = cfg.kind if cfg.kind != "auto" else ("exact" if passages < cfg.exact_below else "scann")
-    recall: dict[str, float] = {}
+    found: dict[str, float] = {}
     sample_q_NxQxC = sample_q_NxQxC[: cfg.oracle_queries]
     oracle_seconds = 0.0
     if kind == "exact":
         searcher: ExactIndex | ScannIndex = ExactIndex(_joined(encode_rows(np.arange(passages)), passages))
         seconds = time.perf_counter() - start
     else:
-        asked = len(sample_q_NxQxC) > 0 and len(recall_at) > 0
-        oracle = ExactSearch(sample_q_NxQxC, min(max(recall_at), passages)) if asked else None
+        asked = len(sample_q_NxQxC) > 0 and len(ann_recall_at) > 0
+        oracle = ExactSearch(sample_q_NxQxC, min(max(ann_recall_at), passages)) if asked else None
 
         sampled = sample_rows(passages, seed)
         sample = _joined(encode_rows(sampled), len(sampled))
@@ -89,9 +89,9 @@ def build_index(
         seconds = time.perf_counter() - start - oracle_seconds
         if oracle is not None:
             exact_NxK, _ = oracle.result()
-            index, curve = tune(index, sample_q_NxQxC, exact_NxK, cfg.rerank, cfg.recall)
+            index, curve = tune(index, sample_q_NxQxC, exact_NxK, cfg.rerank, cfg.ann_recall)
             got_NxK, _ = index.search(sample_q_NxQxC, exact_NxK.shape[1])
-            recall = {str(k): ann_recall(exact_NxK[:, :k], got_NxK[:, :k]) for k in recall_at}
+            found = {str(k): ann_recall(exact_NxK[:, :k], got_NxK[:, :k]) for k in ann_recall_at}
         searcher = index
     card = Card(
         kind=searcher.kind,
@@ -105,9 +105,9 @@ def build_index(
         leaves=searcher.leaves if isinstance(searcher, ScannIndex) else None,
         spare=searcher.spare if isinstance(searcher, ScannIndex) else 1,
         build_seconds=round(seconds, 3),
-        oracle_queries=len(sample_q_NxQxC) if recall else 0,
-        recall=recall,
-        recall_target=cfg.recall if recall else None,
+        oracle_queries=len(sample_q_NxQxC) if found else 0,
+        ann_recall=found,
+        ann_recall_target=cfg.ann_recall if found else None,
     )
     return Index(searcher, card, digests_Nx16, curve)
 

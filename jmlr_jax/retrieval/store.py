@@ -55,8 +55,8 @@ class Folder(BaseModel):
 class Card(BaseModel):
     """What an index holds, of which model and corpus, and how good it is.
 
-    ``recall`` maps K (as text) to the mean share of the exact oracle's K best passages that the index returned when it
-    was built, over ``oracle_queries`` questions; empty for an exact index, which is its own oracle. ``build_seconds``
+    ``ann_recall`` maps K (as text) to the mean fraction of the exact oracle's K best passages that the index returned
+    when it was built, over ``oracle_queries`` questions; empty for an exact index, its own oracle. ``build_seconds``
     has the encoding of the passages in it, but neither oracle nor tuning. ``entries`` counts what is stored: more than
     ``passages`` once updates have left some behind. ``sha256`` is of the rest of the card as it was written: a flipped
     bit in the number of hits would give worse answers in silence.
@@ -76,8 +76,8 @@ class Card(BaseModel):
     spare: int
     build_seconds: float
     oracle_queries: int
-    recall: dict[str, float]
-    recall_target: float | None
+    ann_recall: dict[str, float]
+    ann_recall_target: float | None
     updates: int = 0
     total_bytes: int = 0
     parts: list[Folder] = []

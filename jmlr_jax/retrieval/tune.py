@@ -1,4 +1,4 @@
-"""How many hits to score, and how many of these in full: recall for every choice, and the cheapest that is enough."""
+"""How many hits to score, and how many of these in full: ANN recall of every choice, and the cheapest good enough."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ GRID = 1.25  # ratio of neighbouring numbers of hits
 SPARES = (1, 2, 4, 8, 16)  # one hit in so many is scored in full
 FULL_COST = 12  # of scoring a hit in full, where scoring its centroids is 1; on a CPU (docs/benchmarks.md)
 SCAN_COST = 0.01  # of comparing a passage's encoding, a tree's two copies together
-LEAF_SHARES = (16, 8, 4, 2, 1)  # a tree is tried with one in so many of its leaves
+LEAF_FRACTIONS = (16, 8, 4, 2, 1)  # a tree is tried with one in so many of its leaves
 
 
 class Point(BaseModel):
-    """One setting of the search: ``recall`` of the exact best ``k``, and what a question costs.
+    """One setting of the search: ``ann_recall`` of the exact best ``k``, and what a question costs.
 
     ScaNN compares about ``scanned`` encodings. ``scored`` of the hits, one in ``spare``, are scored in full, the others
     by their centroids alone. ``ms`` is measured at the most hits, search and scoring apart, and goes linearly with the
@@ -32,7 +32,7 @@ class Point(BaseModel):
     spare: int
     scanned: int
     scored: int
-    recall: float
+    ann_recall: float
     ms: float
 
 
@@ -40,10 +40,10 @@ class Curve(BaseModel):
     """What was tried and what was chosen.
 
     Attributes:
-      k: recall is of the exact best k passages.
-      target: the recall asked for; None: the most hits were asked for as they are.
+      k: ANN recall is of the exact best k passages.
+      target: the ANN recall asked for; None: the most hits were asked for as they are.
       questions: over how many.
-      chosen: the cheapest point that reaches the target, else the one of highest recall.
+      chosen: the cheapest point that reaches the target, else the one of highest ANN recall.
       points: all of them, by leaves and hits.
     """
 
@@ -56,13 +56,13 @@ class Curve(BaseModel):
 
 
 def ann_recall(want_NxK: np.ndarray, got_NxK: np.ndarray) -> float:
-    """Mean share of the wanted rows of a question that were found; -1 on the right of a row is padding.
+    """Mean fraction of the exact best rows of a question that were found; -1 on the right of a row is padding.
 
     >>> ann_recall(np.array([[4, 2], [7, -1]]), np.array([[2, 9], [7, 1]]))
     0.75
     """
-    shares = [np.isin(want[want >= 0], got).mean() for want, got in zip(want_NxK, got_NxK, strict=True)]
-    return float(np.mean(shares))
+    found = [np.isin(want[want >= 0], got).mean() for want, got in zip(want_NxK, got_NxK, strict=True)]
+    return float(np.mean(found))
 
 
 def tune(
@@ -75,19 +75,19 @@ def tune(
       q_NxQxC: sample questions, at least one.
       exact_NxK: their best rows by exact MaxSim, -1 padding on the right.
       most: hits at most.
-      target: recall to reach; None: take ``most`` as it is.
+      target: ANN recall to reach; None: take ``most`` as it is.
     """
     k = exact_NxK.shape[1]
     most = max(k, min(most, len(index)))
     how = index.parts[0].how
     tree: list[int | None] = [None]
     if how.leaves is not None:
-        tree = list(dict.fromkeys(-(-how.leaves // share) for share in LEAF_SHARES))
+        tree = list(dict.fromkeys(-(-how.leaves // one_in) for one_in in LEAF_FRACTIONS))
     points = [point for leaves in tree for point in _points(index.tuned(most, leaves), q_NxQxC, exact_NxK, most)]
     if target is None:
         scored = index.tuned(most, None).kept(most, k)
         good = [point for point in points if (point.hits, point.scored) == (most, scored)]
-        chosen = max(good, key=lambda point: (point.recall, -(point.leaves or 0)))
+        chosen = max(good, key=lambda point: (point.ann_recall, -(point.leaves or 0)))
         chosen = chosen.model_copy(update={"spare": index.spare})  # of several that score as many for this k
     else:
         chosen = cheapest(points, target)
@@ -96,12 +96,12 @@ def tune(
 
 
 def cheapest(points: list[Point], target: float) -> Point:
-    """The point of least work that reaches the target, else the one of highest recall.
+    """The point of least work that reaches the target, else the one of highest ANN recall.
 
     Work, not the clock, decides: the same data give the same index.
     """
-    good = [point for point in points if point.recall >= target]
-    return min(good, key=_work) if good else max(points, key=lambda point: (point.recall, -point.hits))
+    good = [point for point in points if point.ann_recall >= target]
+    return min(good, key=_work) if good else max(points, key=lambda point: (point.ann_recall, -point.hits))
 
 
 def _work(point: Point) -> tuple[float, int]:
@@ -110,7 +110,7 @@ def _work(point: Point) -> tuple[float, int]:
 
 
 def _points(index: ScannIndex, q_NxQxC: np.ndarray, exact_NxK: np.ndarray, most: int) -> list[Point]:
-    """Recall at every number of hits, from one search for the most: fewer hits are its first ones."""
+    """ANN recall at every number of hits, from one search for the most: fewer hits are its first ones."""
     k, rows, scores, rough = exact_NxK.shape[1], [], [], []
     scanned = round(len(index) * (index.leaves or 1) / (index.parts[0].how.leaves or 1))
     nearest_s = rough_s = score_s = 0.0
@@ -142,7 +142,7 @@ def _points(index: ScannIndex, q_NxQxC: np.ndarray, exact_NxK: np.ndarray, most:
             got, _ = best_of(row[:, :scored], score[:, :scored], k)
             rough_hits = hits if scored < hits else 0
             ms = 1000 * (nearest_s + (score_s * scored + rough_s * rough_hits) / row_NxH.shape[1])
-            recall = round(ann_recall(exact_NxK, got), 5)
+            found = round(ann_recall(exact_NxK, got), 5)
             points.append(
                 Point(
                     hits=hits,
@@ -150,7 +150,7 @@ def _points(index: ScannIndex, q_NxQxC: np.ndarray, exact_NxK: np.ndarray, most:
                     spare=spare,
                     scanned=scanned,
                     scored=scored,
-                    recall=recall,
+                    ann_recall=found,
                     ms=round(ms, 3),
                 )
             )
@@ -171,7 +171,7 @@ def grid(least: int, most: int) -> list[int]:
 
 
 def picture(curve: Curve) -> bytes:
-    """The curve as PNG: recall over hits, a line for each number of leaves, the chosen point and the target."""
+    """The curve as PNG: ANN recall over hits, a line for each number of leaves, the chosen point and the target."""
     from matplotlib.figure import Figure  # a third of a second that training does not need
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -179,11 +179,11 @@ def picture(curve: Curve) -> bytes:
     for leaves, spare in dict.fromkeys((point.leaves, point.spare) for point in curve.points):
         line = [point for point in curve.points if (point.leaves, point.spare) == (leaves, spare)]
         label = f"1 in {spare} scored in full" + ("" if leaves is None else f", {leaves} leaves")
-        axes.plot([p.hits for p in line], [p.recall for p in line], marker=".", label=label)
-    axes.plot([curve.chosen.hits], [curve.chosen.recall], "o", mfc="none", ms=12, color="black", label="chosen")
+        axes.plot([p.hits for p in line], [p.ann_recall for p in line], marker=".", label=label)
+    axes.plot([curve.chosen.hits], [curve.chosen.ann_recall], "o", mfc="none", ms=12, color="black", label="chosen")
     if curve.target is not None:
         axes.axhline(curve.target, ls="--", lw=1, color="grey")
-    axes.set(xscale="log", xlabel="hits", ylabel=f"share of the exact best {curve.k} found")
+    axes.set(xscale="log", xlabel="hits", ylabel=f"ANN recall@{curve.k}")
     axes.set_title(
         f"{curve.questions} questions; chosen: {curve.chosen.hits} hits, {curve.chosen.scored} in full, "
         f"{curve.chosen.ms:.1f} ms a question"

@@ -90,7 +90,7 @@ def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool
             model_fingerprint=model,
             corpus_fingerprint=corpus,
             sample_q_NxQxC=np.concatenate(asked) if asked else np.zeros((0, 1, run.retriever.dim), np.float32),
-            recall_at=(cfg.train.candidates,),
+            ann_recall_at=(cfg.train.candidates,),
             seed=cfg.seed,
             digests_Nx16=_digests(run, passages) if keep else None,
         )
