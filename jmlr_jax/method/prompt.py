@@ -15,7 +15,7 @@ from jax import Array
 Piece = tuple[Array, Array]  # ids int32 [B, width], length int32 [B]
 
 
-def pack(pieces: Sequence[Piece], bos_id: int, pad_id: int, total: int) -> tuple[Array, Array]:
+def join_pieces(pieces: Sequence[Piece], bos_id: int, pad_id: int, total: int) -> tuple[Array, Array]:
     """One right-padded row per example: BOS, then the real tokens of each piece in order.
 
     Args:
@@ -27,7 +27,7 @@ def pack(pieces: Sequence[Piece], bos_id: int, pad_id: int, total: int) -> tuple
 
     >>> a = jnp.array([[5, 6], [7, 0]]), jnp.array([2, 1])
     >>> b = jnp.array([[8], [9]]), jnp.array([1, 1])
-    >>> tokens, length = pack([a, b], bos_id=1, pad_id=0, total=5)
+    >>> tokens, length = join_pieces([a, b], bos_id=1, pad_id=0, total=5)
     >>> print(tokens, length)
     [[1 5 6 8 0]
      [1 7 9 0 0]] [4 3]
@@ -67,5 +67,5 @@ def read_prompt(
     length_BxK = jnp.where(keep_BxK, length_BxK, 0)
     worst_first = reversed(range(length_BxK.shape[1]))
     passages = [(batch["reader_ids_BxKxL"][:, k], length_BxK[:, k]) for k in worst_first]
-    tokens_BxT, length_B = pack([*passages, *tail], bos_id, pad_id, total)
+    tokens_BxT, length_B = join_pieces([*passages, *tail], bos_id, pad_id, total)
     return tokens_BxT, length_B, dropped_B

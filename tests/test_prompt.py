@@ -1,4 +1,4 @@
-"""Prompts packed on the device: order, what is dropped, and widths; the docstring's example runs as a test."""
+"""Prompts joined on the device: order, what is dropped, and widths; the docstring's example runs as a test."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jmlr_jax.method import prompt as module
-from jmlr_jax.method.prompt import pack, read_prompt
+from jmlr_jax.method.prompt import join_pieces, read_prompt
 
 BOS, PAD = 1, 0
 # Two questions, three passages best first: tokens 10, 20, 30 stand for the first, second and third.
@@ -80,9 +80,9 @@ def test_no_passages_at_all() -> None:
 
 def test_wider_than_its_pieces_is_padding_and_narrower_keeps_what_is_real() -> None:
     piece = jnp.array([[4, 3, 0, 0], [2, 0, 0, 0]]), jnp.array([2, 1])
-    tokens, length = pack([piece, piece], BOS, 99, 12)
+    tokens, length = join_pieces([piece, piece], BOS, 99, 12)
     assert tokens.tolist() == [[1, 4, 3, 4, 3] + [99] * 7, [1, 2, 2] + [99] * 9] and length.tolist() == [5, 3]
-    tokens, _ = pack([piece, piece], BOS, 99, 5)
+    tokens, _ = join_pieces([piece, piece], BOS, 99, 5)
     assert tokens.tolist() == [[1, 4, 3, 4, 3], [1, 2, 2, 99, 99]]
 
 
@@ -91,7 +91,7 @@ def test_agrees_with_lists_on_random_pieces() -> None:
     lengths = [rng.integers(0, w + 1, 6) for w in (3, 5, 2)]
     ids = [rng.integers(2, 50, (6, w)) for w in (3, 5, 2)]  # the padding of a piece may hold anything
     pieces = [(jnp.asarray(i), jnp.asarray(n)) for i, n in zip(ids, lengths, strict=True)]
-    tokens, length = jax.jit(lambda p: pack(p, BOS, PAD, 11))(pieces)
+    tokens, length = jax.jit(lambda p: join_pieces(p, BOS, PAD, 11))(pieces)
     for b in range(6):
         expected = [BOS, *(t for i, n in zip(ids, lengths, strict=True) for t in i[b, : n[b]].tolist())]
         assert tokens[b].tolist() == expected + [PAD] * (11 - len(expected)) and length[b] == len(expected)
