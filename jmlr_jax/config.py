@@ -284,7 +284,7 @@ class OptimizerConfig(Strict):
 
 
 class WarmupConfig(Strict):
-    """Steps that teach a generator trained from nothing to read, before any arm starts; every arm gets the same.
+    """Steps that teach a generator trained from scratch to read, before any arm starts; every arm gets the same.
 
     One passage is read at a time, the rank loss is off. With `distant_probability` it is one that BM25 finds for
     question and right answer together (distant supervision: the answer is a training label, the gold passage is not
@@ -308,7 +308,7 @@ class MixConfig(Strict):
     """Where the K training candidates come from; the three add up to train.candidates.
 
     The paper takes all K from the retriever. Passages that the retriever does not find keep it honest about the rest
-    of the corpus, and lexical ones keep the right passage in reach of a retriever that starts from nothing.
+    of the corpus, and lexical ones keep the right passage in reach of a retriever that starts from scratch.
     """
 
     index: PositiveInt = 6

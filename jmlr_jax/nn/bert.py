@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 # A fresh encoder starts near a matcher of words: what a layer adds, and where a token stands, change its vector little.
-# Larger starts bury the only thing a retriever from nothing has to go by.
+# Larger starts bury the only thing a retriever from scratch has to go by.
 QUIET = 0.2
 
 

@@ -1,6 +1,6 @@
 """A start that favours copying, so that a tiny decoder learns to read in minutes rather than hours.
 
-A model trained from nothing first memorises its training answers and only much later finds out that they stand in the
+A model trained from scratch first memorises its training answers and only much later finds out that they stand in the
 prompt. Here attention starts out as what it would have to become: keys resemble queries (a token looks for its like),
 the value-output path is the identity up to scale (what is looked at is passed on), and the head is the embedding.
 Nothing is frozen and no pre-trained model is touched.
