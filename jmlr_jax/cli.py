@@ -303,7 +303,11 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--arm", choices=(*ARMS, "all"), default="all", help="default: all (eval.arms)")
         elif name == "index":
             sub.add_argument(
-                "--ann-recall", type=float, metavar="FRACTION", help="to tune to; short for index.ann_recall=FRACTION"
+                "--ann-recall",
+                "--recall",
+                type=float,
+                metavar="FRACTION",
+                help="to tune to; short for index.ann_recall=FRACTION",
             )
         elif name == "search":
             sub.add_argument(

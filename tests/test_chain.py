@@ -25,7 +25,7 @@ generator: {tokenizer_vocab: 400, question_length: 80, passage_length: 40, answe
 index: {oracle_queries: 4, encode_batch: 16}
 train: {steps: 2, batch_size: 4, candidates: 4, mix: {index: 2, bm25: 1, random: 1}, sampled: 3, read_passages: 2,
   refresh_steps: 0, checkpoint_steps: 2, log_steps: 1, dev_questions: 0, warmup: {steps: 0}}
-eval: {max_questions: 4, bootstrap: 20, batch_size: 4, arms: [jmlr, bm25], recall_at: [1, 2]}
+eval: {max_questions: 4, bootstrap: 20, batch_size: 4, arms: [jmlr, bm25], hit_at: [1, 2]}
 """
 
 
@@ -256,11 +256,11 @@ def test_what_is_evaluated_is_not_evaluated_again(trained):
 def test_another_recall_tunes_the_index_again(here):
     jmlr("prepare --config small.yaml --run-dir out index.kind=scann")
     jmlr("index --run-dir out --recall 0.5")
-    assert index_card()["recall_target"] == 0.5
+    assert index_card()["ann_recall_target"] == 0.5
     jmlr("index --run-dir out --recall 0.99")
-    assert index_card()["recall_target"] == 0.99
+    assert index_card()["ann_recall_target"] == 0.99
     jmlr("index --run-dir out")  # the override was for once
-    assert index_card()["recall_target"] == 0.95
+    assert index_card()["ann_recall_target"] == 0.95
 
 
 @pytest.mark.parametrize("kind", ["exact", "scann"])

@@ -85,11 +85,11 @@ def _initial(run: Run) -> Callable[[Path], None]:
 def _ranking(run: Run, source: Any, retriever: Any) -> tuple[dict[str, float] | None, np.ndarray]:
     """Ranking metrics of a source of passages, None where nothing is retrieved or judged, and the ranking."""
     cfg, gold = run.cfg, run.gold(run.cfg.eval.split)
-    depth = max(10, cfg.train.read_passages, *cfg.eval.recall_at)
+    depth = max(10, cfg.train.read_passages, *cfg.eval.hit_at)
     ranked = fixed_table(run, source, cfg.eval.split, depth, retriever)
     if source == "none" or not any(gold):
         return None, ranked
-    return ranking_summary(ranked, _padded(gold), cfg.eval.recall_at), ranked
+    return ranking_summary(ranked, _padded(gold), cfg.eval.hit_at), ranked
 
 
 def _padded(gold: list[list[int]]) -> np.ndarray:

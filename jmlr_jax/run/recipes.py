@@ -142,7 +142,7 @@ def retrieval_recipe(cfg: Config, fingerprints: Mapping[str, str], split: str, n
 
 
 def _ranking_keys(cfg: Config) -> dict[str, Any]:
-    return {"eval.recall_at": list(cfg.eval.recall_at)}
+    return {"eval.hit_at": list(cfg.eval.hit_at)}
 
 
 def _evaluations(cfg: Config) -> Path:
