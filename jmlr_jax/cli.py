@@ -6,6 +6,7 @@ Nothing heavy is imported until a command runs, so that ``--help`` and ``print-c
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn, get_args
 
-from jmlr_jax import config_io
+from jmlr_jax import chatter, config_io
 from jmlr_jax.config import ArmName, Config, DType
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.parallel.libtpu import set_flags
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: from ``--help`` (0) and from arguments that do not parse (2).
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # as standard error does, for what the terminal cannot show
     parser = _parser()
     # Overrides are what argparse does not know, so that they may stand before, between and after the options.
     args, rest = parser.parse_known_args(argv)
@@ -65,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not command.configured:
         parser.error(f"unexpected argument {rest[0]} for `jmlr {args.command}` (see jmlr {args.command} --help)")
     set_flags()
+    chatter.hush()
     if getattr(args, "distributed", None) is not None:
         return _as_one_of_several(args.distributed, lambda: _act(command, args, rest))
     return _act(command, args, rest)

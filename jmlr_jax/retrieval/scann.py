@@ -15,6 +15,7 @@ import numpy as np
 from scann.scann_ops.py import scann_ops_pybind
 from scann.scann_ops.py.scann_builder import ReorderType
 
+from jmlr_jax.chatter import hush_abseil
 from jmlr_jax.config import IndexConfig
 from jmlr_jax.retrieval.code import TokenCode, fit_code
 from jmlr_jax.retrieval.encoding import (
@@ -68,6 +69,7 @@ def settings(passages: int) -> ScannSettings:
 
 def build_searcher(fde_NxF: np.ndarray, how: ScannSettings) -> Any:
     """Trains a ScaNN searcher by inner product. Training is not deterministic: save the result."""
+    hush_abseil(scann_ops_pybind.scann_pybind)
     builder = scann_ops_pybind.builder(fde_NxF, min(100, len(fde_NxF)), "dot_product")
     builder = builder.set_n_training_threads(os.cpu_count() or 1)
     if how.leaves is not None:
