@@ -18,6 +18,7 @@ from jmlr_jax.evaluation.seed_run import read_run
 from jmlr_jax.hf.card import copy_legal_files, model_card
 from jmlr_jax.hf.export import Lora, write_adapters, write_colbert, write_generator, write_pylate
 from jmlr_jax.hf.io import read_json, whole_directory
+from jmlr_jax.parallel import distributed
 from jmlr_jax.run.open import Run
 from jmlr_jax.run.phases import PHASES, trained_retriever
 from jmlr_jax.run.weights import INITIAL, retriever_of, trained
@@ -48,7 +49,7 @@ def export_run(cfg: Config, dst: str | os.PathLike[str], *, arm: str = "jmlr") -
         HFError: `dst` exists, or Hugging Face cannot express what was trained.
     """
     _check_run(cfg.run_dir)
-    run, console = Run.open(cfg), Console(stderr=True)
+    run, console = Run.open(cfg), distributed.console()
     with jax.set_mesh(run.mesh), whole_directory(dst) as folder:
         weights = trained(run, arm, "generator")
         written = _write_generator(run, folder, weights, console)

@@ -14,7 +14,7 @@ from jmlr_jax.data.prepare import prepare
 from jmlr_jax.evaluation.arms import evaluate_arms
 from jmlr_jax.evaluation.report import report
 from jmlr_jax.parallel import distributed
-from jmlr_jax.parallel.distributed import gather, on_first, shows_progress
+from jmlr_jax.parallel.distributed import gather, on_first
 from jmlr_jax.run.artifact import Recipe, artifact, refuse
 from jmlr_jax.run.index import index_folder, keep_index
 from jmlr_jax.run.open import Run
@@ -82,7 +82,7 @@ def index(run: Run) -> None:
     for name in (None, *names):
         with jax.set_mesh(run.mesh), run.timed("index"):
             retriever = retriever_of(run, name)
-            kept = keep_index(run, name or INITIAL, retriever, console.print, progress=shows_progress(console))
+            kept = keep_index(run, name or INITIAL, retriever, console.print)
             gather(None)  # what process 0 reports is there of all
         card = kept.card
         found = ", ".join(f"ANN recall@{k} {r:.3f}" for k, r in card.ann_recall.items())

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.text import Text
 
 from jmlr_jax.config import Config
@@ -19,8 +18,10 @@ from jmlr_jax.data.tokenise import tokenise
 from jmlr_jax.data.tokenizers import encoder, load_tokenizer
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.nn.functional import encode_passages, encode_queries
-from jmlr_jax.parallel.distributed import check_same, from_first, on_first
+from jmlr_jax.parallel.distributed import check_same, console, from_first, on_first
 from jmlr_jax.parallel.placement import local_mesh
+from jmlr_jax.parallel.progress import track
+from jmlr_jax.retrieval.candidates import SEARCH_CHUNK
 from jmlr_jax.retrieval.encode import encode_passages_batched, encode_queries_batched
 from jmlr_jax.retrieval.fusion import reciprocal_rank, write_trec
 from jmlr_jax.retrieval.saved import SavedIndex
@@ -142,7 +143,13 @@ class Engine:
             raise SearchError("an empty question finds nothing; say what is looked for")
         allowed = self.allowed(sources)
         depth = max(k, HYBRID_DEPTH) if hybrid else k
-        rows, scores = self.index.search(self.vectors(texts)[0], depth, allowed)
+        q_NxQxC, _ = self.vectors(texts)
+        starts = range(0, len(texts), SEARCH_CHUNK)
+        found = [
+            self.index.search(q_NxQxC[first : first + SEARCH_CHUNK], depth, allowed)
+            for first in track(starts, len(texts), "searching", "questions", each=SEARCH_CHUNK)
+        ]
+        rows, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
         if not hybrid:
             return rows, scores
         everything = len(self.sources) if allowed is not None else depth
@@ -276,7 +283,7 @@ def run_search(
         if trec is not None:
             _write_run(engine.run, trec, ids, rows, scores, "hybrid" if hybrid else "maxsim")
         if not asked.startswith("@"):
-            Console().print(shown(engine.found(texts[0], rows[0], scores[0])), soft_wrap=True)
+            console(out=True).print(shown(engine.found(texts[0], rows[0], scores[0])))
 
     on_first(tell)
 
@@ -288,4 +295,4 @@ def _write_run(run: Run, trec: str, ids: list[str], rows_NxK: np.ndarray, score_
         write_trec(trec, ids, passage_ids, rows_NxK, score_NxK, tag)
     except ValueError as error:
         raise SearchError(f"--trec {trec}: {error}") from None
-    Console(stderr=True).print(f"{trec}: {len(ids)} questions, {int((rows_NxK >= 0).sum())} passages")
+    console().print(f"{trec}: {len(ids)} questions, {int((rows_NxK >= 0).sum())} passages")

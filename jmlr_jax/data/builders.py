@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jmlr_jax.data.schema import Passage, Question
+from jmlr_jax.parallel.progress import track
 
 VERSION = "1.0.0"
 PASSAGES_SPLIT = "train"  # what tensorflow-datasets calls the one split of an undivided set
@@ -49,7 +50,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
         return {split: self._generate_examples(rows) for split, rows in self._examples.items()}
 
     def _generate_examples(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        yield from enumerate(rows)
+        yield from enumerate(track(rows, len(rows), f"writing {self.name}", "records"))
 
 
 class Questions(_Builder, skip_registration=True):  # type: ignore[call-arg]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jmlr_jax.data.schema import Passage, Question
+from jmlr_jax.parallel.progress import track
 
 FILTERED_SPLITS = ("dev", "test")
 _WORD = re.compile(r"\w+")
@@ -70,7 +71,8 @@ def filter_leaks(
         return list(passages), LeakageReport(0, len(passages), (), (), ())
     gold = {doc for split in questions.values() for question in split for doc in question.gold_doc_ids}
     vocabulary: dict[str, int] = {}
-    corpus = _Runs((f"{passage.title} {passage.text}" for passage in passages), vocabulary, ngram)
+    texts = (f"{passage.title} {passage.text}" for passage in passages)
+    corpus = _Runs(track(texts, len(passages), "looking for leaks", "passages"), vocabulary, ngram)
     evaluation = [(split, q) for split in FILTERED_SPLITS for q in questions.get(split, ())]
     training = [("train", q) for q in questions.get("train", ())]
 

@@ -50,7 +50,7 @@ def prepare(cfg: Config, folder: Path, console: Console | None = None, keep: Pat
     Args:
         cfg: sections ``data``, ``retriever`` and ``generator`` matter, and the seed for the embedded world.
         folder: on a local disk (token tables are memory-mapped); made if it is not there.
-        console: where the statistics and progress go; none if not given.
+        console: where the statistics go; none if not given.
         keep: prepared data whose tokenizers are taken instead of training new ones, since weights know their ids.
 
     Raises:
@@ -61,14 +61,14 @@ def prepare(cfg: Config, folder: Path, console: Console | None = None, keep: Pat
     """
     check_templates(cfg)
     folder.mkdir(parents=True, exist_ok=True)
-    card = _prepare_into(cfg, folder, console, keep)
+    card = _prepare_into(cfg, folder, keep)
     (folder / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False))
     if console:
         prepare_report.show(card, console)
     return card
 
 
-def _prepare_into(cfg: Config, out: Path, console: Console | None, keep: Path | None) -> dict[str, Any]:
+def _prepare_into(cfg: Config, out: Path, keep: Path | None) -> dict[str, Any]:
     """Writes everything but the card, which it returns."""
     sources = read_sources(cfg)
     prompts = Prompts(cfg.retriever, cfg.generator)
@@ -85,7 +85,7 @@ def _prepare_into(cfg: Config, out: Path, console: Console | None, keep: Path | 
     save_array(out / "tokens" / "skip.npy", skip_V)
 
     engines = encoder(retriever), encoder(generator, continues=True)
-    tables = _Writer(cfg, prompts, *engines, r_ids, g_ids, out / "tokens", console)
+    tables = _Writer(cfg, prompts, *engines, r_ids, g_ids, out / "tokens")
     row_of = {passage.id: row for row, passage in enumerate(sources.passages)}
     tables.write_passages(sources.passages)
     questions = {split: tables.write_split(split, sources.questions[split], row_of) for split in SPLITS}
@@ -125,7 +125,6 @@ class _Writer:
     retriever_ids: RetrieverIds
     generator_ids: GeneratorIds
     directory: Path
-    console: Console | None
     cuts: dict[str, dict[str, int]] = field(default_factory=dict)
     dropped: list[Misfit] = field(default_factory=list)
 
@@ -134,19 +133,17 @@ class _Writer:
         before, after = self.retriever_ids.around("passage")
         texts = [self.prompts.retrieved(passage) for passage in passages]
         limit = self.cfg.retriever.passage_length
-        table, cut = tokenise(
-            self.retriever, texts, limit, "passages", before=before, after=after, console=self.console
-        )
+        table, cut = tokenise(self.retriever, texts, limit, "passages", before=before, after=after)
         self._save("passages", table, cut)
         texts = [self.prompts.reference(passage) for passage in passages]
         limit = self.cfg.generator.passage_length
-        self._save("references", *tokenise(self.generator, texts, limit, "references", console=self.console))
+        self._save("references", *tokenise(self.generator, texts, limit, "references"))
 
     def write_split(self, split: str, questions: list[Question], row_of: dict[str, int]) -> list[Question]:
         """All tables of a split; returns the questions that fit, whose rows these are."""
-        asked, cut, too_long = tokenise_questions(self.generator, self.prompts, questions, console=self.console)
+        asked, cut, too_long = tokenise_questions(self.generator, self.prompts, questions)
         eos = self.generator_ids.eos
-        said, unanswerable = tokenise_answers(self.generator, self.prompts, questions, eos, console=self.console)
+        said, unanswerable = tokenise_answers(self.generator, self.prompts, questions, eos)
         misfits = too_long + unanswerable
         if misfits:
             if self.cfg.data.on_error == "stop":
@@ -166,7 +163,7 @@ class _Writer:
         before, after = self.retriever_ids.around("query")
         texts = [self.prompts.query(question) for question in questions]
         limit = self.cfg.retriever.query_length
-        table, cut = tokenise(self.retriever, texts, limit, "queries", before=before, after=after, console=self.console)
+        table, cut = tokenise(self.retriever, texts, limit, "queries", before=before, after=after)
         self._save(f"{split}.queries", table, cut)
         gold = TokenTable.of([row_of[doc] for doc in q.gold_doc_ids if doc in row_of] for q in questions)
         gold.save(self.directory, f"{split}.gold")

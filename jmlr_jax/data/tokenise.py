@@ -14,13 +14,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 from tokenizers import Tokenizer
 
 from jmlr_jax.data.prompts import Prompts
 from jmlr_jax.data.schema import Question
 from jmlr_jax.data.token_table import TokenTable
+from jmlr_jax.parallel.progress import track
 
 _BATCH = 512
 
@@ -50,12 +49,9 @@ class Misfit:
         return f"question {self.id}: {self.piece} needs {self.needed} tokens, {self.key} is {self.limit}"
 
 
-def encode_all(engine: Tokenizer, texts: Sequence[str], label: str, console: Console | None) -> Iterable[np.ndarray]:
-    """Yields int32 token ids of each text, in batches and without special tokens; a bar on a terminal."""
-    starts: Iterable[int] = range(0, len(texts), _BATCH)
-    if console is not None and console.is_terminal:
-        starts = track(starts, description=label, console=console, transient=True)
-    for start in starts:
+def encode_all(engine: Tokenizer, texts: Sequence[str], label: str) -> Iterable[np.ndarray]:
+    """Yields int32 token ids of each text, in batches and without special tokens."""
+    for start in track(range(0, len(texts), _BATCH), len(texts), f"tokenising {label}", "texts", each=_BATCH):
         for encoding in engine.encode_batch_fast(list(texts[start : start + _BATCH]), add_special_tokens=False):
             yield np.asarray(encoding.ids, np.int32)
 
@@ -68,12 +64,11 @@ def tokenise(
     *,
     before: Sequence[int] = (),
     after: Sequence[int] = (),
-    console: Console | None = None,
 ) -> tuple[TokenTable, CutCount]:
     """A table with a row ``before tokens after`` for each text; tokens lose their end so that it fits ``limit``."""
     room = limit - len(before) - len(after)
     rows, lengths = [], []
-    for ids in encode_all(engine, texts, label, console):
+    for ids in encode_all(engine, texts, label):
         lengths.append(len(ids))
         rows.append(np.concatenate([before, ids[:room], after]).astype(np.int32))
     over = [length - room for length in lengths if length > room]
@@ -82,13 +77,13 @@ def tokenise(
 
 
 def tokenise_questions(
-    engine: Tokenizer, prompts: Prompts, questions: Sequence[Question], *, console: Console | None = None
+    engine: Tokenizer, prompts: Prompts, questions: Sequence[Question]
 ) -> tuple[TokenTable, CutCount, list[Misfit]]:
     """Questions with their options as the generator reads them; a row that does not fit is empty and a Misfit."""
     limit = prompts.generator.question_length
     texts = [prompts.question(question.question, question.options) for question in questions]
     rows, lengths, misfits = [], [], []
-    for place, ids in enumerate(encode_all(engine, texts, "questions (generator)", console)):
+    for place, ids in enumerate(encode_all(engine, texts, "questions (generator)")):
         lengths.append(len(ids))
         if len(ids) > limit:
             ids = _shortened(engine, prompts, questions[place], len(ids), limit)
@@ -128,15 +123,15 @@ class AnswerTables:
 
 
 def tokenise_answers(
-    engine: Tokenizer, prompts: Prompts, questions: Sequence[Question], eos: int, *, console: Console | None = None
+    engine: Tokenizer, prompts: Prompts, questions: Sequence[Question], eos: int
 ) -> tuple[AnswerTables, list[Misfit]]:
     """Right answers, and every option as an answer; a question with a row that does not fit is a Misfit."""
     limit = prompts.generator.answer_length
     texts = [prompts.answer(question) for question in questions]
     option_texts = [prompts.answer(question, i) for question in questions for i in range(len(question.options))]
     starts = np.concatenate([[0], np.cumsum([len(question.options) for question in questions])]).astype(np.int64)
-    answers = [np.append(ids, eos) for ids in encode_all(engine, texts, "answers", console)]
-    options = [np.append(ids, eos) for ids in encode_all(engine, option_texts, "options", console)]
+    answers = [np.append(ids, eos) for ids in encode_all(engine, texts, "answers")]
+    options = [np.append(ids, eos) for ids in encode_all(engine, option_texts, "options")]
     misfits = []
     for place, question in enumerate(questions):
         pieces = [answers[place], *options[starts[place] : starts[place + 1]]]

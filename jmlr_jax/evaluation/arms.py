@@ -17,7 +17,6 @@ from jmlr_jax.evaluation.metrics import ranking_summary
 from jmlr_jax.files import write_text
 from jmlr_jax.nn import lora
 from jmlr_jax.parallel import distributed
-from jmlr_jax.parallel.distributed import shows_progress
 from jmlr_jax.run.artifact import Recipe, artifact, changes
 from jmlr_jax.run.candidates import fixed_table
 from jmlr_jax.run.open import Run
@@ -70,8 +69,7 @@ def _arm(run: Run, arm: str) -> Callable[[Path], None]:
     read = cfg.train.read_passages
     # Of chance passages the first of many are not those of few; and of equal scores an index may return any.
     table = ranked[:, :read] if source == "bm25" else fixed_table(run, source, cfg.eval.split, read, retriever)
-    progress = shows_progress(distributed.console())
-    result = evaluate_arm(arm, reader, run.prepared, cfg.eval.split, table, cfg, mesh=run.mesh, progress=progress)
+    result = evaluate_arm(arm, reader, run.prepared, cfg.eval.split, table, cfg, mesh=run.mesh)
     return result.with_retrieval(retrieval).save
 
 

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
-from rich.progress import track
 
 from jmlr_jax.config import Config, LlamaConfig
 from jmlr_jax.data.batches import Batch, Prepared
@@ -33,6 +32,7 @@ from jmlr_jax.nn.functional import init_cache, llama_cached, llama_logits
 from jmlr_jax.nn.generate import generate
 from jmlr_jax.nn.layers import Adapters, Params
 from jmlr_jax.parallel.placement import place_batch, replicated
+from jmlr_jax.parallel.progress import Stage
 from jmlr_jax.parallel.sharding import check_rows
 
 SUMMARY, QUESTIONS = "summary.json", "questions.jsonl"  # of an evaluated arm
@@ -86,7 +86,6 @@ def evaluate_arm(
     cfg: Config,
     *,
     mesh: Mesh | None = None,
-    progress: bool = False,
 ) -> ArmResult:
     """Evaluates one arm on a split.
 
@@ -119,13 +118,14 @@ def evaluate_arm(
     started = time.monotonic()
     chosen = _chosen(len(questions), cfg.eval.max_questions)
     rows: Rows = []
-    batches = list(_batches(chosen, cfg.eval.batch_size))
-    for place_B, count in track(batches, f"evaluating {arm}", transient=True, disable=not progress):
-        found = _run(reader, prepared, split, place_B, table[place_B], cfg, mesh)
-        for i in range(count):
-            place = int(place_B[i])
-            one = {name: values[i] for name, values in found.items()}
-            rows.append(_row(questions[place], one, reader, prepared, table[place]))
+    with Stage(f"evaluating {arm}", len(chosen), "questions") as stage:
+        for place_B, count in _batches(chosen, cfg.eval.batch_size):
+            found = _run(reader, prepared, split, place_B, table[place_B], cfg, mesh)
+            for i in range(count):
+                place = int(place_B[i])
+                one = {name: values[i] for name, values in found.items()}
+                rows.append(_row(questions[place], one, reader, prepared, table[place]))
+            stage.update(len(rows))
     summary = {"arm": arm, "split": split, **summarise_rows(rows, cfg.eval.bootstrap, cfg.seed)}
     return ArmResult(arm, {**summary, "seconds": time.monotonic() - started}, rows)
 

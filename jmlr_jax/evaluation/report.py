@@ -21,6 +21,7 @@ from jmlr_jax.evaluation.figures import accuracy_figure, arm_name, retriever_fig
 from jmlr_jax.evaluation.metrics import bootstrap_interval, paired_bootstrap
 from jmlr_jax.evaluation.seed_run import ARMS, SeedRun, curves_by_metric, read_run, seed_folders
 from jmlr_jax.files import replacing, write_text
+from jmlr_jax.parallel import distributed
 
 PathLike = str | os.PathLike[str]
 _EXAMPLES = 12
@@ -60,7 +61,7 @@ def report(run_dir: PathLike, split: str = "test", *, resamples: int = 2000, qui
     page = render(summary, runs, {name: png for name, png in figures.items() if png is not None})
     write_text(root / "report.html", page)
     if not quiet:
-        _print(summary, Console())
+        _print(summary, distributed.console(out=True))
     return root / "report.html"
 
 
@@ -272,4 +273,4 @@ def _print(summary: Mapping[str, Any], console: Console) -> None:
         pairs = [f"{m} {_number(p.get('before'))} → {_number(p.get('after'))}" for m, p in summary["retriever"].items()]
         console.print("retriever before → after: " + ", ".join(pairs))
     for line in summary["missing"]:
-        console.print(f"missing: {line}", markup=False)
+        console.print(f"missing: {line}")

@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 
 from jmlr_jax.errors import JmlrError
+from jmlr_jax.parallel.progress import track
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -225,7 +226,7 @@ def write_file(file: str | os.PathLike[str], tensors: Sequence[Tensor]) -> None:
     with epath.Path(file).open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)))
         stream.write(text)
-        for tensor in tensors:
+        for tensor in track(tensors, len(tensors), f"writing {epath.Path(file).name}", "tensors"):
             value = np.ascontiguousarray(tensor.read()).reshape(tensor.shape)
             if value.dtype != tensor.dtype:
                 raise ValueError(f"{tensor.name} is {value.dtype}, not {tensor.dtype}")

@@ -24,6 +24,7 @@ from jmlr_jax.hf.layouts import Source, check_conventions, open_retriever
 from jmlr_jax.hf.table import Axes, Row, Shape, assign, gather, leaves, nest
 from jmlr_jax.nn.functional import abstract_params, logical_axes
 from jmlr_jax.nn.layers import Params, fan_in
+from jmlr_jax.parallel.progress import track
 from jmlr_jax.parallel.sharding import shardings
 
 
@@ -109,13 +110,13 @@ def _place_all(
     """Every weight on its devices, by dotted path; raises HFError naming those with values that are not finite."""
     targets, places = leaves(abstract), _shardings(abstract, axes, mesh)
     placed, faults = {}, []
-    for row in rows:
+    folder = next(iter(assigned.values()))[0].file.parent
+    for row in track(rows, len(rows), f"loading {folder}", "weights"):
         entries = assigned[row.path]
         placed[row.path] = _place(row, entries, targets[row.path], places[row.path])
         if not _all_finite(placed[row.path]):
             faults.append(f"{row.key.format('*')} of {entries[0].dtype} as {targets[row.path].dtype}")
     if faults:
-        folder = next(iter(assigned.values()))[0].file.parent
         raise HFError(
             f"{folder}: not all values are finite in {', '.join(gather(faults))}; is a wider param_dtype needed?"
         )

@@ -87,18 +87,19 @@ def abandon(status: int) -> NoReturn:
 
 
 def is_first() -> bool:
-    """Whether this is process 0, which alone writes what is not sharded, and talks to the user."""
-    return jax.process_index() == 0
+    """Whether this is process 0, which alone writes what is not sharded, and talks to the user.
+
+    One process is the first without asking JAX, which would take its devices; some commands need none.
+    """
+    return _store() is None or jax.process_index() == 0
 
 
-def console() -> Console:
-    """Standard error of process 0; the others are silent."""
-    return Console(stderr=True, quiet=not is_first())
+def console(*, out: bool = False) -> Console:
+    """Standard error of process 0, or its standard output for what a command was asked for; the others are silent.
 
-
-def shows_progress(on: Console) -> bool:
-    """Whether progress bars are of use there."""
-    return on.is_terminal and not on.quiet
+    Text is printed as it stands: a path or a record may hold brackets, colons or numbers that mean nothing to us.
+    """
+    return Console(stderr=not out, quiet=not is_first(), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def from_first(act: Callable[[], Any]) -> Any:

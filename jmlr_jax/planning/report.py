@@ -9,8 +9,10 @@ from typing import Any
 from etils import epath
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jmlr_jax.config import Config
+from jmlr_jax.parallel import distributed
 from jmlr_jax.planning.estimate import VECTOR_FORWARD
 from jmlr_jax.planning.flops import GIB
 from jmlr_jax.planning.plan import MEDQA_QUESTIONS, SPARE, Plan, PlanError, Program, make_plan, search
@@ -32,13 +34,13 @@ def run(cfg: Config, topology: str | None, try_all: bool, json_path: str | None)
     Raises:
         PlanError, ShardingError: see :func:`jmlr_jax.planning.plan.make_plan`; also if no mesh divides, or none fits.
     """
-    console, notes = Console(), Console(stderr=True)
+    console, notes = distributed.console(out=True), distributed.console()
     if try_all:
         found = []
         for one in search(cfg, topology):
             found.append(one)
             time = "does not fit" if one.seconds is None else f"{one.seconds:.2f} s"
-            notes.print(f"{one.mesh}, accumulate {one.cfg.train.accumulate}: {time}", highlight=False)
+            notes.print(f"{one.mesh}, accumulate {one.cfg.train.accumulate}: {time}")
         print_search(found, console)
         fitting = [one for one in found if one.seconds is not None and one.step.spare >= SPARE]
         if not fitting:
@@ -150,19 +152,21 @@ def print_plan(plan: Plan, console: Console) -> None:
     cfg = plan.cfg
     shape = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     console.print(
-        f"[bold]{plan.topology}[/bold]: {plan.chips} chips {plan.chip.name}, {shape}; "
-        f"{cfg.train.batch_size} questions a step in {cfg.train.accumulate} microbatches"
+        Text(plan.topology, style="bold"),
+        f": {plan.chips} chips {plan.chip.name}, {shape}; "
+        f"{cfg.train.batch_size} questions a step in {cfg.train.accumulate} microbatches",
+        sep="",
     )
     console.print(_memory_table(plan))
     if plan.step.estimate is not None:
         console.print(_time_table(plan))
         console.print(_summary_table(plan))
     for line in verdict(plan):
-        console.print(line, highlight=False)
+        console.print(line)
     for name, size in plan.replicated:
-        console.print(f"every chip holds all of {name}: {size / GIB:.3f} GiB", highlight=False)
+        console.print(f"every chip holds all of {name}: {size / GIB:.3f} GiB")
     for note in NOTES:
-        console.print(f"[dim]{note}[/dim]", highlight=False)
+        console.print(note, style="dim")
 
 
 def print_search(plans: Sequence[Plan], console: Console) -> None:

@@ -23,7 +23,7 @@ def build_table(
     Args:
       index: an index over the corpus.
       query_batches: float [n, Q, C] pieces in question order, as ``retrieval.encode.encode_queries_batched`` yields
-        them (its progress bar then covers the searches as well).
+        them (what it shows of its progress then covers the searches as well).
       questions: N, how many the pieces hold in all.
       k: candidates per question.
 

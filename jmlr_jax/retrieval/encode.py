@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rich.progress import track
 
 from jmlr_jax.config import RetrieverConfig
+from jmlr_jax.parallel.progress import track
 from jmlr_jax.parallel.sharding import partition_spec
 from jmlr_jax.retrieval.vectors import TokenVectors
 
@@ -75,7 +75,6 @@ def encode_passages_batched(
     *,
     batch: int,
     mesh: Mesh | None = None,
-    progress: bool = False,
 ) -> Iterator[TokenVectors]:
     """Token vectors of passages in the order asked for, in pieces of at most ``batch``; no rows, no pieces.
 
@@ -88,15 +87,13 @@ def encode_passages_batched(
       skip_V: bool, vocabulary entries that take no part in MaxSim.
       batch: passages at once over all devices; rounded up to a multiple of the mesh's devices.
       mesh: every batch is split over all its devices; None runs where ``params`` are.
-      progress: show a bar.
     """
     run = partial(encode_batch, params, encode=encode, cfg=cfg, replicated=_replicated(mesh))
-    bar = "encoding passages" if progress else None
 
     def one(ids: Array, length: Array) -> tuple[Array, Array]:
         return run(ids, length, skip_V)
 
-    for n, (p, keep) in _pipelined(one, lambda places: read(rows[places]), len(rows), batch, mesh, bar):
+    for n, (p, keep) in _pipelined(one, lambda places: read(rows[places]), len(rows), batch, mesh, "passages"):
         yield TokenVectors(np.asarray(p)[:n], np.asarray(keep)[:n])
 
 
@@ -109,15 +106,13 @@ def encode_queries_batched(
     *,
     batch: int,
     mesh: Mesh | None = None,
-    progress: bool = False,
 ) -> Iterator[np.ndarray]:
     """Token vectors of every question in order, float32 [n, Q, C] pieces of at most ``batch``.
 
     Arguments as :func:`encode_passages_batched`; no questions, no pieces.
     """
     run = partial(_queries, params, encode=encode, cfg=cfg, replicated=_replicated(mesh))
-    bar = "encoding questions" if progress else None
-    for n, q_bxQxC in _pipelined(run, read, questions, batch, mesh, bar):
+    for n, q_bxQxC in _pipelined(run, read, questions, batch, mesh, "questions"):
         yield np.asarray(q_bxQxC)[:n]
 
 
@@ -126,13 +121,13 @@ def _replicated(mesh: Mesh | None) -> NamedSharding | None:
 
 
 def _pipelined(
-    run: Callable[[Any, Any], Any], read: ReadRows, rows: int, batch: int, mesh: Mesh | None, bar: str | None
+    run: Callable[[Any, Any], Any], read: ReadRows, rows: int, batch: int, mesh: Mesh | None, unit: str
 ) -> Iterator[tuple[int, Any]]:
     """Runs every batch, yielding (rows that count, result); the device makes the next while the host reads one."""
     if mesh is not None:
         batch = -(-batch // mesh.size) * mesh.size
     waiting: tuple[int, Any] | None = None
-    for first in track(range(0, rows, batch), bar or "", disable=bar is None, transient=True):
+    for first in track(range(0, rows, batch), rows, f"encoding {unit}", unit, each=batch):
         # The last batch keeps the shape: it is filled up with rows from the start, whose results are dropped.
         ids, length = read(np.arange(first, first + batch) % rows)
         # Set here, for as long as this call takes: a mesh is set per thread, and a refresh runs in its own.

@@ -8,6 +8,7 @@ import time
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from jmlr_jax.parallel.progress import track
 from jmlr_jax.retrieval.scann import ScannIndex
 from jmlr_jax.retrieval.tokens import BATCHES, best_of
 
@@ -114,7 +115,9 @@ def _points(index: ScannIndex, q_NxQxC: np.ndarray, exact_NxK: np.ndarray, most:
     k, rows, scores, rough = exact_NxK.shape[1], [], [], []
     scanned = round(len(index) * (index.leaves or 1) / (index.parts[0].how.leaves or 1))
     nearest_s = rough_s = score_s = 0.0
-    for first in range(0, len(q_NxQxC), BATCHES[-1]):
+    name = "tuning the index" + ("" if index.leaves is None else f" with {index.leaves} leaves")
+    starts = range(0, len(q_NxQxC), BATCHES[-1])
+    for first in track(starts, len(q_NxQxC), name, "questions", each=BATCHES[-1]):
         q = q_NxQxC[first : first + BATCHES[-1]]
         start = time.perf_counter()
         row_NxH, _ = index.nearest(q, most)

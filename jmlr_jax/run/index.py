@@ -37,7 +37,7 @@ def index_folder(run: Run, name: str) -> Path:
     return shard_folder(index_home(run, name), jax.process_index(), jax.process_count())
 
 
-def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool = False) -> Index:
+def retriever_index(run: Run, retriever: Any, keep: bool = False) -> Index:
     """An index of the corpus as this retriever encodes it; one that was saved by an equal recipe is opened.
 
     One of an equal recipe but for the corpus is brought up to date where not too much has changed: only passages that
@@ -48,7 +48,6 @@ def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool
 
     Args:
       retriever: of :func:`jmlr_jax.parallel.placement.local_arrays`.
-      progress: show a bar.
       keep: the index will be saved, so it is given what an update needs to know.
     """
     passages, corpus = _shard(run)
@@ -63,7 +62,6 @@ def retriever_index(run: Run, retriever: Any, progress: bool = False, keep: bool
             run.prepared.skip_V,
             batch=_encode_batch(run),
             mesh=local_mesh(run.mesh),
-            progress=progress,
         )
 
     model = params_fingerprint(jax.device_get(retriever))
@@ -108,7 +106,7 @@ def _saved(run: Run, model: str) -> list[tuple[Path, bool]]:
     return sorted(found, key=lambda item: not item[1])
 
 
-def keep_index(run: Run, name: str, retriever: Any, said: Callable[[str], object], progress: bool = False) -> Index:
+def keep_index(run: Run, name: str, retriever: Any, said: Callable[[str], object]) -> Index:
     """Makes the index ``index/NAME`` of a retriever, or finds it made by an equal recipe.
 
     Args:
@@ -121,7 +119,7 @@ def keep_index(run: Run, name: str, retriever: Any, said: Callable[[str], object
     differ = None if made is None else recipe.differences(made)
     for line in differ or ():
         said(f"{folder}: made again, {line}")
-    index = retriever_index(run, retriever, progress, keep=True)
+    index = retriever_index(run, retriever, keep=True)
     if differ != [] or not index.card.state.name:
         (folder / RECORD).unlink(missing_ok=True)  # until the new one is whole, none is found by its recipe
         index.save(folder)
@@ -160,7 +158,7 @@ def _encode_batch(run: Run) -> int:
     return -(-run.cfg.index.encode_batch // jax.process_count())
 
 
-def query_vectors(run: Run, retriever: Any, split: str, rows: np.ndarray, progress: bool = False) -> Any:
+def query_vectors(run: Run, retriever: Any, split: str, rows: np.ndarray) -> Any:
     """Token vectors of these questions in order, in pieces [n, Q, C]."""
 
     def read(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -174,7 +172,6 @@ def query_vectors(run: Run, retriever: Any, split: str, rows: np.ndarray, progre
         len(rows),
         batch=_encode_batch(run),
         mesh=local_mesh(run.mesh),
-        progress=progress,
     )
 
 

@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 from jmlr_jax.files import write_text
-from jmlr_jax.parallel import distributed
-from jmlr_jax.parallel.distributed import is_first, shows_progress
+from jmlr_jax.parallel.distributed import is_first
+from jmlr_jax.parallel.progress import Stage
 
-SHOWN = {"loss/answer": "answer", "loss/rank": "rank", "rank/pair_accuracy": "pairs", "recall/candidates": "recall@K"}
+SHOWN = {
+    "loss/answer": "answer loss",
+    "loss/rank": "rank loss",
+    "rank/pair_accuracy": "pairs right",
+    "recall/candidates": "recall@K",
+}
 
 
 class MetricsLog:
@@ -28,7 +32,7 @@ class MetricsLog:
 
     Args:
       folder: the phase's directory.
-      name, steps: shown on the progress line.
+      name, steps: of the phase, shown while it trains.
       every: steps between lines of the files; the last step is always written.
       questions: per step, for the speed.
       step: steps done already; what the files hold of later ones was lost in a crash and is cut off.
@@ -56,18 +60,14 @@ class MetricsLog:
         self._clock, self._clock_step, self._tokens = time.monotonic(), step, 0.0
         self._seconds, self._seconds_before = seconds, seconds()
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step, write_to_disk=self._writes)
-        console = distributed.console()
-        columns = [TextColumn(f"[bold]{name}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)]
-        shown = shows_progress(console)
-        self._bar = Progress(*columns, TextColumn("{task.fields[now]}"), console=console, disable=not shown)
-        self._task = self._bar.add_task(name, total=steps, completed=step, now="")
+        self._stage = Stage(f"training {name}", steps, "steps", done=step, per=(questions, "questions"))
 
     def __enter__(self) -> MetricsLog:
-        self._bar.start()
+        self._stage.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+        self._stage.__exit__(error, *rest)
         self._board.close()
 
     def push(self, step: int, metrics: dict[str, Any], extra: dict[str, float]) -> dict[str, float]:
@@ -102,8 +102,7 @@ class MetricsLog:
             self._seconds_before = spent
             self._write("speed.jsonl", step, speed)
             self._clock, self._clock_step, self._tokens = time.monotonic(), step, 0.0
-        now = "  ".join(f"{label} {row[name]:.3f}" for name, label in SHOWN.items() if name in row)
-        self._bar.update(self._task, completed=step, now=now)
+        self._stage.update(step, ", ".join(f"{label} {row[name]:.3f}" for name, label in SHOWN.items() if name in row))
         return row
 
     def note(self, step: int, row: dict[str, float]) -> None:
