@@ -18,6 +18,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "full", "attention", "mlp", "dots"]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 TOKENIZER = "a tokenizer directory, or 'train' a small one in `jmlr prepare`; null: the source's, or trained"
+RankLossName = Literal["llm_rank", "kl", "emdr2"]
 ArmName = Literal["jmlr", "frozen", "separate", "bm25", "random", "closed_book"]
 
 
@@ -326,7 +327,7 @@ class TrainConfig(Strict):
     mix: MixConfig = MixConfig()
     sampled: PositiveInt = Field(8, description="M (10 in the paper)")
     read_passages: PositiveInt = Field(3, description="N (7 in the paper)")
-    rank_loss: Literal["llm_rank", "kl", "emdr2"] = "llm_rank"
+    rank_loss: RankLossName = "llm_rank"
     rank_weight: float = Field(1.0, ge=0)
     tie_margin: float = Field(
         1.2, ge=0, description="nats per token; judgements closer than this are ties and carry no weight (paper: 0)"

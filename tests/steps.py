@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmlr_jax.config import BertConfig, EncoderLoraConfig, LlamaConfig, LoraConfig, RetrieverConfig, TrainConfig
+from jmlr_jax.config import BertConfig, EncoderLoraConfig, LlamaConfig, LoraConfig, RetrieverConfig
 from jmlr_jax.method.step import StepSpec
 from jmlr_jax.nn import functional as F
 from jmlr_jax.nn.lora import init_lora
@@ -29,10 +29,21 @@ LORA = LoraConfig(rank=2, alpha=4, dropout=0.5, targets=("q", "down"))
 def spec(
     *, rank: bool = True, read: bool = True, lora: LoraConfig | None = None, max_length: int = ROOM, **train: Any
 ) -> StepSpec:
-    """K 5, M 3, N 2; `train` overrides the training configuration."""
-    small = {"candidates": K, "mix": {"index": K, "bm25": 0, "random": 0}, "sampled": M, "read_passages": N}
-    cfg = TrainConfig.model_validate({"steps": 10, "batch_size": 8, "tie_margin": 0, **small, **train})
-    return StepSpec(RETRIEVER, LLAMA, lora, cfg, max_length, BOS, PAD, rank, read, N)
+    """M 3 of the batch's K 5, N 2, no margin; `train` overrides what the step reads of the training configuration."""
+    settings = {"rank_loss": "llm_rank", "tie_margin": 0.0, "rank_weight": 1.0, "accumulate": 1} | train
+    return StepSpec(
+        retriever=RETRIEVER,
+        llama=LLAMA,
+        lora=lora,
+        rank=rank,
+        read=read,
+        sampled=M,
+        passages=N,
+        max_length=max_length,
+        bos_id=BOS,
+        pad_id=PAD,
+        **settings,
+    )
 
 
 def weights() -> dict[str, Any]:
@@ -140,7 +151,7 @@ def slow_loss(made: StepSpec, halves: dict[str, Any], of: dict[str, np.ndarray],
     for i, first in enumerate(sampled):
         for second in sampled[i + 1 :]:
             differing += alone[first] != alone[second]
-            if abs(alone[first] - alone[second]) > made.train.tie_margin:
+            if abs(alone[first] - alone[second]) > made.tie_margin:
                 sign = 1 if alone[first] < alone[second] else -1
                 terms.append(math.log1p(math.exp(-sign * (score[first] - score[second]))))
     best = sorted(there, key=lambda k: -score[k])[:N]

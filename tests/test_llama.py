@@ -147,8 +147,8 @@ def test_logits_where_asked_equal_logits_everywhere() -> None:
     cfg = SMALL
     params = F.init_llama(cfg, jax.random.key(0))
     hidden = llama_hidden(params, cfg, tokens(), LENGTHS)
-    everywhere = llama_logits(params, cfg, hidden)
-    np.testing.assert_allclose(llama_logits(params, cfg, hidden[:, 3]), everywhere[:, 3], atol=1e-6)
+    replicated = llama_logits(params, cfg, hidden)
+    np.testing.assert_allclose(llama_logits(params, cfg, hidden[:, 3]), replicated[:, 3], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mistral", "dynamic, short"])

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jmlr_jax.config import MeshConfig, OptimizerConfig, TrainConfig
+from jmlr_jax.config import MeshConfig, OptimizerConfig
 from jmlr_jax.parallel import sharding
 from jmlr_jax.training import optimizer as optim
 from jmlr_jax.training.optimizer import GroupError, labels, make_optimizer, schedule, state_shardings, trainable_counts
@@ -19,19 +19,13 @@ PARAMS = {
 }
 
 
-def rates(retriever: float, generator: float, **both: float) -> TrainConfig:
-    """No warm-up, no decay of the rate: the first update is made at these rates."""
-    made = {"warmup_steps": 0, "final_fraction": 1.0, **both}
-    return TrainConfig.model_validate(
-        {
-            "retriever": {"learning_rate": retriever, **made},
-            "generator": {"learning_rate": generator, **made},
-        }
-    )
+def half(rate: float, **more: float) -> OptimizerConfig:
+    """No warm-up, no decay of the rate: the first update is made at this rate."""
+    return OptimizerConfig(learning_rate=rate, warmup_steps=0, final_fraction=1.0, **more)
 
 
-def first_update(cfg: TrainConfig, grads: dict) -> dict:
-    optimizer = make_optimizer(cfg, 10)
+def first_update(retriever: OptimizerConfig, generator: OptimizerConfig, grads: dict) -> dict:
+    optimizer = make_optimizer(retriever, generator, 10)
     return optimizer.update(grads, optimizer.init(PARAMS), PARAMS)[0]
 
 
@@ -48,7 +42,7 @@ def test_an_array_without_group_or_with_two_is_an_error_that_names_it() -> None:
     with pytest.raises(GroupError, match="generator/layers/q: generator and attention"):
         labels(PARAMS, optim.GROUPS | {"attention": ".*/q"})
     with pytest.raises(GroupError, match="adapters/q: no group"):
-        make_optimizer(TrainConfig(), 10).init({"adapters": {"q": jnp.ones(1)}})
+        make_optimizer(half(1.0), half(1.0), 10).init({"adapters": {"q": jnp.ones(1)}})
 
 
 def test_schedule_rises_from_zero_and_falls_to_its_final_fraction() -> None:
@@ -64,20 +58,14 @@ def test_schedule_of_a_run_shorter_than_its_warm_up(steps: int) -> None:
 
 
 def test_each_half_has_its_own_rate() -> None:
-    updates = first_update(rates(1e-3, 1e-1), jax.tree.map(lambda x: 0.1 * x, PARAMS))
+    updates = first_update(half(1e-3), half(1e-1), jax.tree.map(lambda x: 0.1 * x, PARAMS))
     for leaf in jax.tree.leaves(updates["retriever"]):
         np.testing.assert_allclose(leaf, -1e-3, rtol=1e-3)
     np.testing.assert_allclose(updates["generator"]["layers"]["q"], -1e-1, rtol=1e-3)
 
 
 def test_each_half_has_its_own_decay() -> None:
-    cfg = TrainConfig.model_validate(
-        {
-            "retriever": {"learning_rate": 1.0, "warmup_steps": 0, "weight_decay": 0.5},
-            "generator": {"learning_rate": 1.0, "warmup_steps": 0},
-        }
-    )
-    updates = first_update(cfg, jax.tree.map(jnp.zeros_like, PARAMS))
+    updates = first_update(half(1.0, weight_decay=0.5), half(1.0), jax.tree.map(jnp.zeros_like, PARAMS))
     np.testing.assert_allclose(updates["retriever"]["projection"], -0.5)
     np.testing.assert_array_equal(updates["generator"]["layers"]["q"], 0)
 
@@ -87,7 +75,7 @@ def test_a_huge_gradient_of_one_half_does_not_shrink_the_other() -> None:
     clipped gradient."""
     small = jax.tree.map(lambda x: 0.01 * x, PARAMS)
     huge = small | {"retriever": jax.tree.map(lambda x: 1e6 * x, PARAMS["retriever"])}
-    optimizer = make_optimizer(rates(1e-3, 1e-3, clip_norm=1.0), 10)
+    optimizer = make_optimizer(half(1e-3), half(1e-3), 10)
     moments = {}
     for name, grads in {"small": small, "huge": huge}.items():
         _, state = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
@@ -110,7 +98,7 @@ def test_moments_lie_where_their_weights_lie() -> None:
     replicated, split = jax.NamedSharding(mesh, jax.P()), jax.NamedSharding(mesh, jax.P("fsdp"))
     placed = jax.tree.map(lambda _: replicated, PARAMS)
     placed["retriever"]["projection"] = split
-    optimizer = make_optimizer(TrainConfig(), 10)
+    optimizer = make_optimizer(half(1.0), half(1.0), 10)
     found = state_shardings(optimizer, PARAMS, placed, replicated)
     assert jax.tree.structure(found) == jax.tree.structure(optimizer.init(PARAMS))
     named = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(found)]

@@ -17,7 +17,7 @@ from jmlr_jax import cli, config_io
 from jmlr_jax.config import Config, EncoderLoraConfig
 from jmlr_jax.parallel import libtpu
 from jmlr_jax.parallel.sharding import ShardingError
-from jmlr_jax.planning import flops, hlo, plan
+from jmlr_jax.planning import flops, hlo, plan, programs
 from jmlr_jax.planning import report as plan_report
 from jmlr_jax.planning.estimate import estimate, part
 from jmlr_jax.planning.flops import CHIPS, GIB, step_work
@@ -129,7 +129,7 @@ def test_what_does_not_fit_names_a_knob(made: plan.Plan) -> None:
     wide = cfg.model_copy(update={"generator": cfg.generator.model_copy(update={"llama": llama})})
     mesh = plan.make_mesh(cfg.mesh, plan.slice_of("v5e:2x2")[1])
     huge = jax.ShapeDtypeStruct((2**18, 2**18), jnp.bfloat16, sharding=jax.NamedSharding(mesh, P("fsdp")))
-    source = plan.Source(jax.jit(lambda x: (x @ x.T).sum()).lower, (huge,), (), ())
+    source = programs.Source(jax.jit(lambda x: (x @ x.T).sum()).lower, (huge,), (), ())
     program = plan._compile(source, CHIPS["v5e"], None)
     assert not program.fits and program.used > program.available == pytest.approx(15.75 * GIB)
     refused = replace(made, cfg=wide, step=program)
@@ -154,17 +154,17 @@ def test_search_goes_through_meshes_and_microbatches(monkeypatch: pytest.MonkeyP
 
 
 def test_errors_name_the_setting() -> None:
-    with pytest.raises(plan.PlanError, match="mesh.topology"):
+    with pytest.raises(programs.PlanError, match="mesh.topology"):
         plan.make_plan(small().model_copy(update={"mesh": small().mesh.model_copy(update={"topology": None})}))
-    with pytest.raises(plan.PlanError, match="generation 'v9' is not one of v4, v5e"):
+    with pytest.raises(programs.PlanError, match="generation 'v9' is not one of v4, v5e"):
         plan.make_plan(small(), "v9:2x2")
-    with pytest.raises(plan.PlanError, match="topology 'v5e:3x1'"):
+    with pytest.raises(programs.PlanError, match="topology 'v5e:3x1'"):
         plan.make_plan(small(), "v5e:3x1")
     with pytest.raises(ShardingError, match="train.batch_size / train.accumulate=7 is not a multiple"):
         plan.make_plan(small(batch_size=7))
     unknown = config_io.load(None, ["generator.tokenizer=models/some", "generator.llama.vocab_size=0"])
-    with pytest.raises(plan.PlanError, match="generator.llama.vocab_size=0.*models/some"):
-        plan.resolved(unknown)
+    with pytest.raises(programs.PlanError, match="generator.llama.vocab_size=0.*models/some"):
+        programs.resolved(unknown)
 
 
 def test_command(made: plan.Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
@@ -320,6 +320,6 @@ def test_presets_that_name_a_slice_divide_over_it(name: str) -> None:
         return
     _, devices = plan.slice_of(cfg.mesh.topology)
     mesh = plan.make_mesh(cfg.mesh, devices)
-    arguments = plan.step_program(cfg, mesh).arguments
+    arguments = programs.step_program(cfg, mesh).arguments
     # What is only known after minutes of compiling stands in docs/benchmarks.md.
-    assert plan.shard_bytes(arguments) < 0.95 * CHIPS[cfg.mesh.topology.partition(":")[0]].hbm
+    assert programs.shard_bytes(arguments) < 0.95 * CHIPS[cfg.mesh.topology.partition(":")[0]].hbm

@@ -132,7 +132,7 @@ def test_fixed_phases_read_the_passages_of_the_drawn_questions(tiny_data, tmp_pa
     run = open_run(tiny_data, tmp_path, train={"dev_questions": 5, "warmup": {"steps": 0}})
     with jax.set_mesh(run.mesh):
         for phase, passages in (("bm25", run.cfg.train.read_passages), ("warmup", 1)):
-            loop = module._build(run, PHASES[phase], tmp_path / phase, 4, Console(quiet=True))
+            loop = module._build(run, PHASES[phase], tmp_path / phase, Console(quiet=True))
             np.testing.assert_array_equal(loop.dev_table, fixed_table(run, "bm25", "dev", passages)[run.dev_rows])
 
 

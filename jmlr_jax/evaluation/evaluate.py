@@ -27,7 +27,7 @@ from jmlr_jax.data.tokenizers import GeneratorIds
 from jmlr_jax.evaluation.metrics import bootstrap_interval, exact_match, parse_answer, token_f1
 from jmlr_jax.files import write_text
 from jmlr_jax.method.losses import answer_nll
-from jmlr_jax.method.prompt import read_prompt
+from jmlr_jax.method.prompt import read_prompt, reading_width
 from jmlr_jax.nn.functional import init_cache, llama_cached, llama_logits
 from jmlr_jax.nn.generate import generate
 from jmlr_jax.nn.layers import Adapters, Params
@@ -115,6 +115,8 @@ def evaluate_arm(
         raise ValueError(f"split {split!r} has no questions to evaluate")
     if mesh is not None:
         check_rows(mesh, cfg.eval.batch_size, "eval.batch_size")
+    # Where a column holds no passage of any question (of a closed-book arm none does), there is nothing to read.
+    table = table[:, (table >= 0).any(axis=0)]
     started = time.monotonic()
     chosen = _chosen(len(questions), cfg.eval.max_questions)
     rows: Rows = []
@@ -209,7 +211,7 @@ def continuation_nll(
     return jax.lax.map(one, (jnp.swapaxes(ids_BxOxA, 0, 1), len_BxO.T)).T
 
 
-@partial(jax.jit, static_argnames=("cfg", "ids", "total", "replicated"))
+@partial(jax.jit, static_argnames=("cfg", "ids", "max_length", "replicated"))
 def evaluate_batch(
     params: Params,
     adapters: Adapters | None,
@@ -217,11 +219,16 @@ def evaluate_batch(
     *,
     cfg: LlamaConfig,
     ids: GeneratorIds,
-    total: int,
-    replicated: NamedSharding | None,
+    max_length: int,
+    everywhere: NamedSharding | None,
 ) -> dict[str, Array]:
-    """Everything about a batch: likelihoods with and without passages, and generated tokens."""
+    """Everything about a batch: likelihoods with and without passages, and generated tokens.
+
+    Args:
+      max_length: T, tokens of a prompt with its answer, at most.
+    """
     A = batch["option_ids_BxOxA"].shape[-1]
+    total = reading_width(batch, max_length, A) - A
     prompt_BxT, length_B, dropped_B = read_prompt(batch, total=total, bos_id=ids.bos, pad_id=ids.pad)
     score = partial(continuation_nll, params, cfg, adapters=adapters)
     nll_BxO = score(prompt_BxT, length_B, batch["option_ids_BxOxA"], batch["option_len_BxO"])
@@ -272,7 +279,7 @@ def _run(
             on_device,
             cfg=reader.cfg,
             ids=ids,
-            total=cfg.generator.max_length - lengths["answer"],
+            max_length=cfg.generator.max_length,
             replicated=None if mesh is None else replicated(mesh),
         )
     return {**{name: np.asarray(value) for name, value in found.items()}, "option_len": option_len}

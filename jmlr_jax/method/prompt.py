@@ -45,6 +45,13 @@ def join_pieces(pieces: Sequence[Piece], bos_id: int, pad_id: int, total: int) -
     return jnp.pad(tokens_BxT, ((0, 0), (0, total - tokens_BxT.shape[1])), constant_values=pad_id), length_B
 
 
+def reading_width(batch: dict[str, Array], max_length: int, answer: int) -> int:
+    """Tokens that a reading prompt of the batch can reach: BOS, K passages of L, a question of S and `answer` more, or
+    `max_length` if that is less. Wider rows would hold padding alone."""
+    _, K, L = batch["reader_ids_BxKxL"].shape
+    return min(max_length, 1 + K * L + batch["question_ids_BxS"].shape[1] + answer)
+
+
 def read_prompt(
     batch: dict[str, Array], *, total: int, bos_id: int, pad_id: int, answer: Piece | None = None
 ) -> tuple[Array, Array, Array]:

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jmlr_jax.config import LlamaConfig, LoraConfig, RetrieverConfig, TrainConfig
+from jmlr_jax.config import LlamaConfig, LoraConfig, RankLossName, RetrieverConfig
 from jmlr_jax.method.losses import answer_nll, pair_accuracy, rank_loss, sampling_entropy
-from jmlr_jax.method.prompt import read_prompt
+from jmlr_jax.method.prompt import read_prompt, reading_width
 from jmlr_jax.method.scoring import maxsim, minmax, sample, top
 from jmlr_jax.nn import lora
 from jmlr_jax.nn.functional import encode_passages, encode_queries, llama_hidden, llama_logits
@@ -34,29 +34,35 @@ QUESTION_KEYS = ("question_ids_BxS", "question_len_B", "answer_ids_BxA", "answer
 
 @dataclass(frozen=True)
 class StepSpec:
-    """What is static in a step.
+    """What is static in a step, and nothing else: phases of equal specs share one compiled step.
 
     Attributes:
       retriever, llama: shapes of the two models, vocabulary sizes resolved; the former with its adapters.
       lora: adapters on the generator; None trains all of it.
-      train: K, M, N, losses, accumulation.
-      max_length: T, tokens of a reading prompt with its answer.
-      bos_id, pad_id: of the generator's tokenizer.
       rank: whether the retriever learns (METHOD steps 1 to 5). Without it the first N passages of the table are read.
       read: whether the generator learns (METHOD step 6).
+      sampled: M, how many passages are judged.
       passages: N, how many passages are read.
+      rank_loss, tie_margin, rank_weight: as in ``TrainConfig``.
+      accumulate: microbatches a step.
+      max_length: T, tokens of a reading prompt with its answer, at most.
+      bos_id, pad_id: of the generator's tokenizer.
     """
 
     retriever: RetrieverConfig
     llama: LlamaConfig
     lora: LoraConfig | None
-    train: TrainConfig
+    rank: bool
+    read: bool
+    sampled: int
+    passages: int
+    rank_loss: RankLossName
+    tie_margin: float
+    rank_weight: float
+    accumulate: int
     max_length: int
     bos_id: int
     pad_id: int
-    rank: bool
-    read: bool
-    passages: int
 
 
 def live_retriever(cfg: RetrieverConfig, weights: Weights) -> Weights:
@@ -107,8 +113,7 @@ def answer_losses(
         base = lora.complete(weights["base"], weights["generator"])
         adapters = lora.bind(weights["generator"], spec.lora, dropout_key)
     answer_BxA, answer_len_B = batch["answer_ids_BxA"], batch["answer_len_B"]
-    _, K, L = batch["reader_ids_BxKxL"].shape
-    total = min(spec.max_length, 1 + K * L + batch["question_ids_BxS"].shape[1] + answer_BxA.shape[1])
+    total = reading_width(batch, spec.max_length, answer_BxA.shape[1])
     tokens_BxT, length_B, dropped_B = read_prompt(
         batch, total=total, bos_id=spec.bos_id, pad_id=spec.pad_id, answer=(answer_BxA, answer_len_B)
     )
@@ -154,17 +159,17 @@ def joint_loss(
 
     ``batch`` carries ``gumbel_BxK``, drawn for the whole batch so that accumulation does not change the sample.
     """
-    weights, train, valid_BxK = frozen | params, spec.train, batch["valid_BxK"]
+    weights, valid_BxK = frozen | params, batch["valid_BxK"]
     loss, metrics, score_BxK = jnp.zeros(()), {}, None
     if spec.rank:
         score_BxK = candidate_scores(spec, weights, batch)
-        index_BxM, taken_BxM = sample(score_BxK, valid_BxK, batch["gumbel_BxK"], train.sampled)
+        index_BxM, taken_BxM = sample(score_BxK, valid_BxK, batch["gumbel_BxK"], spec.sampled)
         score_BxM = jnp.take_along_axis(score_BxK, index_BxM, axis=1)
         nll_BxM = judge(spec, weights, batch, index_BxM, taken_BxM)
-        loss_B = rank_loss(train.rank_loss, train.tie_margin)(score_BxM, nll_BxM, taken_BxM)
-        loss += train.rank_weight * jnp.mean(loss_B)
+        loss_B = rank_loss(spec.rank_loss, spec.tie_margin)(score_BxM, nll_BxM, taken_BxM)
+        loss += spec.rank_weight * jnp.mean(loss_B)
         metrics["loss/rank"] = jnp.mean(loss_B)
-        metrics["rank/pair_accuracy"] = pair_accuracy(score_BxM, nll_BxM, taken_BxM, train.tie_margin)
+        metrics["rank/pair_accuracy"] = pair_accuracy(score_BxM, nll_BxM, taken_BxM, spec.tie_margin)
         metrics["rank/entropy"] = jnp.mean(sampling_entropy(score_BxK, valid_BxK))
     if spec.read:
         nll_B, held = answer_losses(spec, weights, passages_to_read(spec, batch, score_BxK), dropout_key)
@@ -189,7 +194,7 @@ def make_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> StepFn
     adapters, a half that is frozen.
     Gradients that are not finite change nothing but the counters.
     """
-    pieces, apply = spec.train.accumulate, partial(_update, optimizer)
+    pieces, apply = spec.accumulate, partial(_update, optimizer)
     gradient = jax.value_and_grad(partial(joint_loss, spec=spec), has_aux=True)
 
     def step(state: State, frozen: Weights, batch: Batch) -> tuple[State, Metrics]:

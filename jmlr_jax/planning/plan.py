@@ -1,7 +1,7 @@
 """``jmlr plan``: does it fit, how long does a step take, what does an epoch cost, asked of the TPU's own compiler.
 
-The programs that training runs (the joint step, the encoding of a corpus, the evaluation) are compiled from shapes
-alone, by libtpu, for a slice that need not be there. No data, weights or prepared directory are read.
+The programs that training runs (``programs.py``) are compiled from shapes alone, by libtpu, for a slice that need not
+be there. No data, weights or prepared directory are read.
 """
 
 from __future__ import annotations
@@ -9,40 +9,29 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jmlr_jax.config import Config, MeshConfig
-from jmlr_jax.data.tokenizers import GeneratorIds
-from jmlr_jax.errors import JmlrError
-from jmlr_jax.evaluation.evaluate import evaluate_batch
-from jmlr_jax.method.step import StepSpec, init_state, make_step
-from jmlr_jax.nn import lora
-from jmlr_jax.nn.functional import abstract_params, encode_passages, logical_axes
 from jmlr_jax.parallel.libtpu import set_flags
-from jmlr_jax.parallel.sharding import (
-    ShardingError,
-    batch_sharding,
-    check_rows,
-    make_mesh,
-    partition_spec,
-    replicated_report,
-    shardings,
-)
+from jmlr_jax.parallel.sharding import ShardingError, make_mesh, replicated_report
 from jmlr_jax.planning.estimate import Estimate, estimate
 from jmlr_jax.planning.flops import CHIPS, GIB, Chip, Work, step_work
 from jmlr_jax.planning.hlo import parse
-from jmlr_jax.retrieval.encode import encode_batch
-from jmlr_jax.training.optimizer import make_optimizer, state_shardings
+from jmlr_jax.planning.programs import (
+    PlanError,
+    Source,
+    encode_program,
+    evaluate_program,
+    resolved,
+    shard_bytes,
+    step_program,
+)
 
 SPARE = 0.05  # share of the memory that a plan should leave: the compiler's count is not the runtime's
-OPTIONS = 5  # continuations of a question in evaluation: four options and the right answer
 MEDQA_QUESTIONS = 10_178
 LARGE = 2**20  # bytes: arrays of at least this size should not stand whole on every chip
 _OUT_OF_MEMORY = re.compile(
@@ -50,10 +39,6 @@ _OUT_OF_MEMORY = re.compile(
     r"|temporaries \(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)"
 )
 _UNITS = {"K": 2**10, "M": 2**20, "G": GIB}
-
-
-class PlanError(JmlrError):
-    """A plan cannot be made; the message names the setting."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +126,6 @@ def make_plan(cfg: Config, topology: str | None = None, *, whole: bool = True) -
         raise PlanError("which slice? give --topology, e.g. --topology v5e:4x4, or set mesh.topology")
     chip, devices = slice_of(name)
     mesh = make_mesh(cfg.mesh, devices)
-    check_rows(mesh, cfg.train.batch_size // cfg.train.accumulate, "train.batch_size / train.accumulate")
     programs = {"step": step_program} | ({"encode": encode_program, "evaluate": evaluate_program} if whole else {})
     window = cfg.generator.llama.sliding_window
     sources = {key: make(cfg, mesh) for key, make in programs.items()}
@@ -170,7 +154,6 @@ def search(cfg: Config, topology: str | None = None) -> Iterator[Plan]:
                 try:
                     mesh = make_mesh(sizes, devices)
                     arguments = step_program(one, mesh).arguments
-                    check_rows(mesh, train.batch_size // accumulate, "train.batch_size")
                 except ShardingError:
                     continue
                 if shard_bytes(arguments) < chip.hbm:
@@ -200,151 +183,6 @@ def slice_of(topology: str) -> tuple[Chip, list[Any]]:
         hint = "" if "libtpu" not in str(error) else "; pip install 'jmlr_jax[plan]' brings the TPU compiler"
         raise PlanError(f"topology {topology!r}: {str(error).splitlines()[0]}{hint}") from error
     return CHIPS[generation], list(found.devices)
-
-
-def resolved(cfg: Config) -> Config:
-    """The configuration with vocabulary sizes where a trained tokenizer decides them.
-
-    Raises:
-        PlanError: a size that is 0 with a published tokenizer.
-    """
-    llama, bert = cfg.generator.llama, cfg.retriever.bert
-    sizes = {}
-    for key, half, shape in (("generator", cfg.generator, llama), ("retriever", cfg.retriever, bert)):
-        sizes[key] = shape.vocab_size or (half.tokenizer_vocab if half.tokenizer == "train" else 0)
-        if not sizes[key]:
-            field = "generator.llama" if key == "generator" else "retriever.bert"
-            raise PlanError(f"{field}.vocab_size=0: a plan reads no tokenizer; set it to that of {half.tokenizer}")
-    llama = llama.model_copy(update={"vocab_size": sizes["generator"]})
-    bert = bert.model_copy(update={"vocab_size": sizes["retriever"]})
-    generator = cfg.generator.model_copy(update={"llama": llama})
-    return cfg.model_copy(update={"generator": generator, "retriever": cfg.retriever.model_copy(update={"bert": bert})})
-
-
-class Source(NamedTuple):
-    """A program before it is compiled.
-
-    Attributes:
-      lower: of its arguments, gives what can be compiled.
-      arguments: shapes with their places.
-      optimizer: the part of them that is moments; the rest but `batch` is weights.
-    """
-
-    lower: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    optimizer: Any
-    batch: Any
-
-
-def step_program(cfg: Config, mesh: Mesh) -> Source:
-    """The joint step of the ``jmlr`` phase as :mod:`jmlr_jax.training.loop` compiles it, with abstract arguments."""
-    cfg = resolved(cfg)
-    llama, retriever, train, g = cfg.generator.llama, cfg.retriever, cfg.train, cfg.generator
-    weights = abstract_weights(cfg, mesh)
-    params = {name: weights.pop(name) for name in ("retriever", "generator")}
-    if retriever.lora is not None:
-        adapters = lora.abstract_lora(retriever.lora, retriever)
-        axes = lora.lora_axes(retriever.lora, retriever)
-        weights["retriever_base"] = params["retriever"]
-        params["retriever"] = jax.tree.map(_put, adapters, shardings(mesh, axes, adapters))
-    placed = jax.tree.map(lambda x: x.sharding, params)
-    optimizer = make_optimizer(train, train.steps)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    counters = dict.fromkeys(("step", "key", "skipped", "skipped_in_row"), replicated)
-    layout = {**counters, "params": placed, "opt": state_shardings(optimizer, params, placed, replicated)}
-    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    state = jax.tree.map(_put, jax.eval_shape(partial(init_state, optimizer=optimizer), params, key=key), layout)
-    skip_V = _put(jax.ShapeDtypeStruct((retriever.bert.vocab_size,), jnp.bool_), replicated)
-    B, K, rows = train.batch_size, train.candidates, partial(_rows, mesh)
-    batch = {
-        "query_ids_BxQ": rows(B, retriever.query_length),
-        "query_len_B": rows(B),
-        "passage_ids_BxKxP": rows(B, K, retriever.passage_length),
-        "passage_len_BxK": rows(B, K),
-        "reader_ids_BxKxL": rows(B, K, g.passage_length),
-        "reader_len_BxK": rows(B, K),
-        "question_ids_BxS": rows(B, g.question_length),
-        "question_len_B": rows(B),
-        "answer_ids_BxA": rows(B, g.answer_length),
-        "answer_len_B": rows(B),
-        "valid_BxK": rows(B, K, dtype=jnp.bool_),
-    }
-    spec = StepSpec(retriever, llama, g.lora, train, g.max_length, 1, 0, True, True, train.read_passages)
-    step = jax.jit(make_step(spec, optimizer), donate_argnums=0, out_shardings=(layout, None))
-    return Source(partial(_lower, mesh, step.lower), (state, weights | {"skip_V": skip_V}, batch), state["opt"], batch)
-
-
-def encode_program(cfg: Config, mesh: Mesh) -> Source:
-    """One batch of the corpus through the retriever, as a refresh runs it."""
-    cfg = resolved(cfg)
-    retriever, replicated = cfg.retriever, NamedSharding(mesh, PartitionSpec())
-    count = -(-cfg.index.encode_batch // mesh.size) * mesh.size
-    spread = NamedSharding(mesh, partition_spec(("encoder_batch",), "encoded rows"))
-    ids = jax.ShapeDtypeStruct((count, retriever.passage_length), jnp.int32, sharding=spread)
-    length = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=spread)
-    skip_V = jax.ShapeDtypeStruct((retriever.bert.vocab_size,), jnp.bool_, sharding=replicated)
-    params = abstract_weights(cfg, mesh)["retriever"]
-    lower = partial(encode_batch.lower, encode=encode_passages, cfg=retriever, replicated=replicated)
-    return Source(partial(_lower, mesh, lower), (params, ids, length, skip_V), (), (ids, length))
-
-
-def evaluate_program(cfg: Config, mesh: Mesh) -> Source:
-    """One batch of evaluation: likelihoods of the options with and without passages, and a generated answer."""
-    cfg = resolved(cfg)
-    llama, g, B = cfg.generator.llama, cfg.generator, cfg.eval.batch_size
-    check_rows(mesh, B, "eval.batch_size")
-    rows, N = partial(_rows, mesh), cfg.train.read_passages
-    weights = abstract_weights(cfg, mesh)
-    params, adapters = weights["generator"], None
-    if g.lora is not None:
-        params, adapters = weights["base"], lora.bind(weights["generator"], g.lora)
-    batch = {
-        "reader_ids_BxKxL": rows(B, N, g.passage_length),
-        "reader_len_BxK": rows(B, N),
-        "question_ids_BxS": rows(B, g.question_length),
-        "question_len_B": rows(B),
-        "option_ids_BxOxA": rows(B, OPTIONS, g.answer_length),
-        "option_len_BxO": rows(B, OPTIONS),
-    }
-    lower = partial(
-        evaluate_batch.lower,
-        cfg=llama,
-        ids=GeneratorIds(1, 2, 0, llama.vocab_size),
-        total=g.max_length - g.answer_length,
-        replicated=NamedSharding(mesh, PartitionSpec()),
-    )
-    return Source(partial(_lower, mesh, lower), (params, adapters, batch), (), batch)
-
-
-def abstract_weights(cfg: Config, mesh: Mesh) -> dict[str, Any]:
-    """``retriever``, ``generator`` and, under adapters, ``base``, as shapes with their place on the mesh."""
-    llama, retriever, adapters = cfg.generator.llama, cfg.retriever, cfg.generator.lora
-    trees: dict[str, Any] = {"retriever": abstract_params(retriever), "base": abstract_params(llama)}
-    axes: dict[str, Any] = {"retriever": logical_axes(retriever), "base": logical_axes(llama)}
-    if adapters is None:
-        trees["generator"], axes["generator"] = trees.pop("base"), axes.pop("base")
-    else:
-        trees["generator"] = lora.abstract_lora(adapters, llama)
-        axes["generator"] = lora.lora_axes(adapters, llama)
-    return jax.tree.map(_put, trees, shardings(mesh, axes, trees))
-
-
-def shard_bytes(tree: Any) -> float:
-    """Bytes that one device holds of a tree of placed shapes."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def _put(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _rows(mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-
-
-def _lower(mesh: Mesh, lower: Callable[..., Any], *arguments: Any) -> Any:
-    with jax.set_mesh(mesh):
-        return lower(*arguments)
 
 
 def _compile(source: Source, chip: Chip, window: int | None) -> Program:

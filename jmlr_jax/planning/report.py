@@ -15,7 +15,8 @@ from jmlr_jax.config import Config
 from jmlr_jax.parallel import distributed
 from jmlr_jax.planning.estimate import VECTOR_FORWARD
 from jmlr_jax.planning.flops import GIB
-from jmlr_jax.planning.plan import MEDQA_QUESTIONS, SPARE, Plan, PlanError, Program, make_plan, search
+from jmlr_jax.planning.plan import MEDQA_QUESTIONS, SPARE, Plan, Program, make_plan, search
+from jmlr_jax.planning.programs import PlanError
 
 NOTES = (
     "Seconds are estimates: cycles of every operation by the TPU compiler over the chip's clock; it has run nowhere.",

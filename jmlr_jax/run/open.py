@@ -97,8 +97,11 @@ class Run:
         return drawn_rows(len(self.prepared.questions("dev")), self.cfg.train.dev_questions, self.cfg.seed)
 
     def initial_weights(self) -> Weights:
-        """``retriever``, ``generator`` and, under adapters, ``base``: fresh copies, placed on the mesh."""
-        return jax.tree.map(jax.numpy.copy, self._initial[2])
+        """``retriever``, ``generator`` and, under adapters, ``base``, placed on the mesh.
+
+        The trees are the caller's, the arrays the run's own: what gives arrays away (a step its state) copies them.
+        """
+        return jax.tree.map(lambda x: x, self._initial[2])
 
     def retriever_adapters(self) -> Weights:
         """Adapters of ``retriever.lora`` that change nothing yet, placed on the mesh.

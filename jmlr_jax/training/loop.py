@@ -7,30 +7,27 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 from rich.console import Console
 
-from jmlr_jax.config import OptimizerConfig
 from jmlr_jax.data.batches import Batch, assemble, question_stream
 from jmlr_jax.errors import JmlrError
-from jmlr_jax.method.step import StepSpec, init_state, live_retriever, make_step, reading_loss
+from jmlr_jax.method.step import live_retriever
 from jmlr_jax.parallel.distributed import Stop, on_first
-from jmlr_jax.parallel.placement import addressable_rows, local_arrays, place_batch, replicated
-from jmlr_jax.parallel.sharding import check_rows
+from jmlr_jax.parallel.placement import addressable_rows, local_arrays, place_batch
 from jmlr_jax.run.candidates import Candidates, fixed_table, kept_tables
 from jmlr_jax.run.open import Run, Weights
 from jmlr_jax.run.phases import Phase
 from jmlr_jax.run.weights import begin, is_trained, phase_folder, phase_steps, phase_weights, save_weights
 from jmlr_jax.training.checkpoint import DEV_LOSS, Checkpoints
 from jmlr_jax.training.metrics_log import MetricsLog
-from jmlr_jax.training.optimizer import make_optimizer, state_shardings, trainable_counts
+from jmlr_jax.training.optimizer import trainable_counts
 from jmlr_jax.training.profiling import tracer
+from jmlr_jax.training.program import divide, phase_program
 from jmlr_jax.training.warmup import ReadingLessons
 
 
@@ -77,7 +74,7 @@ def train_phase(run: Run, phase: Phase, console: Console) -> Path:
 def _train(run: Run, phase: Phase, folder: Path, console: Console) -> None:
     cfg, steps = run.cfg.train, phase_steps(run.cfg.train, phase)
     stream, held = _stream(run), addressable_rows(run.mesh, cfg.batch_size)
-    loop = _build(run, phase, folder, steps, console)
+    loop = _build(run, phase, folder, console)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.keep_last)
     done = _resume(loop, checkpoints, stream)
     if done == 0 and loop.candidates is not None:
@@ -127,33 +124,13 @@ def _closing(loop: Loop, checkpoints: Checkpoints) -> Iterator[None]:
             loop.candidates.close()
 
 
-def _build(run: Run, phase: Phase, folder: Path, steps: int, console: Console) -> Loop:
-    """Weights, optimizer, tables and compiled functions of a phase."""
-    cfg, prepared = run.cfg, run.prepared
-    weights = phase_weights(run, phase)
-    names = (["retriever"] if phase.rank else []) + (["generator"] if phase.read else [])
-    params = {name: weights.pop(name) for name in names}
-    if phase.rank and run.retriever.lora is not None:
-        weights["retriever_base"], params["retriever"] = params["retriever"], run.retriever_adapters()
+def _build(run: Run, phase: Phase, folder: Path, console: Console) -> Loop:
+    """Weights, tables and compiled functions of a phase."""
+    prepared, steps = run.prepared, phase_steps(run.cfg.train, phase)
+    program = phase_program(run.cfg, phase, run.retriever, run.llama, prepared.generator_ids, steps, run.mesh)
+    params, frozen = divide(program.spec, phase_weights(run, phase), run.retriever_adapters)
     console.print(f"{phase.name}: training " + ", ".join(f"{k} {v:,}" for k, v in trainable_counts(params).items()))
-    train = cfg.train
-    if phase.name == "warmup":
-        rate = OptimizerConfig(learning_rate=train.warmup.learning_rate)
-        train = train.model_copy(update={"generator": rate})
-    passages = {"mixed": 1, "none": 0}.get(phase.passages, train.read_passages)
-    spec = StepSpec(
-        retriever=run.retriever,
-        llama=run.llama,
-        lora=cfg.generator.lora,
-        train=train,
-        max_length=cfg.generator.max_length,
-        bos_id=prepared.generator_ids.bos,
-        pad_id=prepared.generator_ids.pad,
-        rank=phase.rank,
-        read=phase.read,
-        passages=passages,
-    )
-    check_rows(run.mesh, train.batch_size // train.accumulate, "train.batch_size / train.accumulate")
+    passages = program.spec.passages
     candidates, tables = None, {}
     if phase.passages == "live":
         candidates = Candidates(run, folder / "tables")
@@ -162,36 +139,24 @@ def _build(run: Run, phase: Phase, folder: Path, steps: int, console: Console) -
     else:
 
         def made() -> dict[str, np.ndarray]:
-            own = local_arrays(weights["retriever"], run.mesh) if phase.passages == "retriever" else None
+            own = local_arrays(frozen["retriever"], run.mesh) if phase.passages == "retriever" else None
             return {s: fixed_table(run, phase.passages, s, max(passages, 1), own) for s in ("train", "dev")}
 
         tables = kept_tables(folder / "tables" / "fixed.npz", made)
-    optimizer = make_optimizer(train, steps)
-    placed = _state_shardings(run, params, optimizer)
-    key = jax.random.PRNGKey(cfg.seed)
-    state = jax.jit(partial(init_state, optimizer=optimizer), out_shardings=placed)(params, key=key)
 
     def batch(step: int, rows: np.ndarray, held: np.ndarray) -> Batch:
         table = candidates.train_NxK if candidates else tables["train"]
         return assemble(prepared, "train", rows[held], table[rows[held]])
 
     return Loop(
-        state=state,
-        frozen=weights | {"skip_V": jax.numpy.asarray(prepared.skip_V)},
-        # Pinned output layout: a step whose own output came back laid out otherwise would compile a second time.
-        step=jax.jit(make_step(spec, optimizer), donate_argnums=0, out_shardings=(placed, None)),
-        dev=jax.jit(partial(reading_loss, spec=spec), out_shardings=replicated(run.mesh)),
+        state=program.start(params, key=jax.random.PRNGKey(run.cfg.seed)),
+        frozen=frozen | {"skip_V": jax.numpy.asarray(prepared.skip_V)},
+        step=program.step,
+        dev=program.dev,
         batch=ReadingLessons(run).batch if phase.passages == "mixed" else batch,
         candidates=candidates,
         dev_table=np.zeros((0, 1), np.int32) if candidates else tables["dev"][run.dev_rows],
     )
-
-
-def _state_shardings(run: Run, params: Weights, optimizer: optax.GradientTransformation) -> dict[str, Any]:
-    params_placed = jax.tree.map(lambda x: x.sharding, params)
-    opt_placed = state_shardings(optimizer, params, params_placed, replicated(run.mesh))
-    counters = dict.fromkeys(("step", "key", "skipped", "skipped_in_row"), replicated(run.mesh))
-    return {**counters, "params": params_placed, "opt": opt_placed}
 
 
 def _stream(run: Run) -> Any:

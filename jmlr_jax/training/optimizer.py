@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import optax
 
-from jmlr_jax.config import OptimizerConfig, TrainConfig
+from jmlr_jax.config import OptimizerConfig
 from jmlr_jax.errors import JmlrError
 
 GROUPS = {"retriever": r"retriever/.*", "generator": r"generator/.*"}
@@ -59,7 +59,7 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(cfg: TrainConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(retriever: OptimizerConfig, generator: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer of the tree ``{"retriever": ..., "generator": ...}``; either half may be absent.
 
     Clipping is by the global norm of each half alone: gradients of one never scale down those of the other.
@@ -71,7 +71,7 @@ def make_optimizer(cfg: TrainConfig, steps: int) -> optax.GradientTransformation
             optax.adamw(schedule(one, steps), one.b1, one.b2, weight_decay=one.weight_decay),
         )
 
-    return optax.partition({"retriever": half(cfg.retriever), "generator": half(cfg.generator)}, labels)
+    return optax.partition({"retriever": half(retriever), "generator": half(generator)}, labels)
 
 
 def trainable_counts(params: Any) -> dict[str, int]:
