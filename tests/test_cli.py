@@ -26,10 +26,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     def recorder(name: str) -> Any:
         return lambda *args, **named: made.append((name, *args, *named.values()))
 
-    import jmlr_jax
-
     functions = {
-        "jmlr_jax.commands.pipeline": ("prepare_data", "index", "train", "evaluate", "write_report", "run_all"),
+        "jmlr_jax.commands.pipeline": ("prepare_data", "index", "train", "write_report", "run_all"),
+        "jmlr_jax.evaluation.arms": ("evaluate_arms",),
         "jmlr_jax.hf.convert": ("import_checkpoint",),
         "jmlr_jax.commands.export": ("export_run",),
         "jmlr_jax.commands.search": ("run_search",),
@@ -40,8 +39,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         for name in names:
             setattr(module, name, recorder(name))
         monkeypatch.setitem(sys.modules, module_name, module)
-        if module_name.count(".") == 1:
-            monkeypatch.setattr(jmlr_jax, module_name.rpartition(".")[2], module, raising=False)
+    opened = types.ModuleType("jmlr_jax.run.open")
+    opened.Run = types.SimpleNamespace(open=lambda config: config)  # what a command opens stands for the run
+    monkeypatch.setitem(sys.modules, "jmlr_jax.run.open", opened)
     return made
 
 
@@ -52,7 +52,7 @@ def test_each_command_calls_its_function(
     config = Config(run_dir=run_dir)
     for command in ("prepare", "index", "train", "eval", "report", "run"):
         assert main([command, "--run-dir", run_dir]) == 0
-    assert [c[0] for c in calls] == ["prepare_data", "index", "train", "evaluate", "write_report", "run_all"]
+    assert [c[0] for c in calls] == ["prepare_data", "index", "train", "evaluate_arms", "write_report", "run_all"]
     prepare, index, train, evaluate, report, run_all = calls
     assert prepare[1:] == (config,)
     assert index[1:] == (config,)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from jmlr_jax.config import LlamaConfig, LoraConfig, MeshConfig
 from jmlr_jax.config_io import load
@@ -17,7 +18,8 @@ from jmlr_jax.data.tokenizers import load_tokenizer
 from jmlr_jax.evaluation import evaluate
 from jmlr_jax.evaluation.evaluate import Reader, evaluate_arm, read_prompt, summarise_rows
 from jmlr_jax.evaluation.metrics import bootstrap_interval
-from jmlr_jax.evaluation.report import read_run, summarise
+from jmlr_jax.evaluation.report import summarise
+from jmlr_jax.evaluation.seed_run import read_run
 from jmlr_jax.nn.functional import abstract_params, init_llama, llama_hidden, llama_logits, logical_axes
 from jmlr_jax.nn.lora import bind, init_lora
 from jmlr_jax.parallel.sharding import ShardingError, make_mesh, shardings
@@ -218,9 +220,9 @@ def test_summary_of_rows(result):
 
 
 def test_saved_files_are_what_the_report_reads(result, tmp_path):
-    result.save(tmp_path / "eval")
-    assert not list((tmp_path / "eval").glob(".*"))
-    report = summarise([read_run(evaluate.epath.Path(tmp_path), "run")], resamples=200)
+    result.save(tmp_path / "eval" / "test" / "jmlr")
+    assert not list((tmp_path / "eval").rglob(".*"))
+    report = summarise([read_run(epath.Path(tmp_path), "run", "test")], resamples=200)
     arm = report["arms"]["jmlr"]
     for key in ("accuracy", "low", "high", "n"):
         assert arm[key] == pytest.approx(result.summary[key])

@@ -19,8 +19,8 @@ from runs import one_device
 
 from jmlr_jax import cli, config_io
 from jmlr_jax.commands import export as publish
+from jmlr_jax.commands.pipeline import prepare_data
 from jmlr_jax.config import BertConfig, Config, LlamaConfig, LoraConfig
-from jmlr_jax.data.prepare import prepare
 from jmlr_jax.data.tokenizers import load_tokenizer, train_generator_tokenizer
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.hf.load import load_generator, load_retriever
@@ -28,7 +28,8 @@ from jmlr_jax.nn import functional as F
 from jmlr_jax.nn.generate import generate
 from jmlr_jax.nn.lora import bind, merge
 from jmlr_jax.run.open import Run
-from jmlr_jax.run.weights import load_weights, save_weights
+from jmlr_jax.run.phases import PHASES
+from jmlr_jax.run.weights import begin, load_weights, save_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 ORGANS = "kidney liver heart lung skin brain bone eye".split()  # in letters: the small tokenizers know no digits
@@ -72,8 +73,9 @@ def moved(x: jax.Array) -> jax.Array:
 
 def trained(cfg: Config, arm: str = "jmlr") -> tuple[Run, dict[str, Any]]:
     """A run whose arm ends with weights that differ from the first ones."""
-    prepare(cfg, Path(cfg.run_dir) / "data")
+    prepare_data(cfg)
     run = Run.open(cfg)
+    begin(run, PHASES[arm])
     weights = run.initial_weights()
     for part in ("retriever", "generator"):
         weights[part] = jax.tree.map(moved, weights[part])
@@ -114,8 +116,9 @@ def test_the_card_holds_what_was_measured(scratch: tuple[Run, dict[str, Any]], t
     run, _ = scratch
     summary = {"arm": "jmlr", "n": 2, "accuracy": 0.5, "low": 0.1, "high": 0.9, "chance": 0.5}
     summary |= {"generation": {"accuracy": 0.25, "low": 0.0, "high": 0.75, "unparsed": 1}}
-    (run.directory / "eval").mkdir()
-    (run.directory / "eval" / "jmlr.json").write_text(json.dumps(summary))
+    place = run.directory / "eval" / "test" / "jmlr"
+    place.mkdir(parents=True)
+    (place / "summary.json").write_text(json.dumps(summary))
     publish.export_run(run.cfg, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| jmlr | 2 | 50.0% | 10.0% to 90.0% | 25.0% | 0.0% to 75.0% | 1 |" in card

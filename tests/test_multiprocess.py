@@ -20,6 +20,7 @@ from jmlr_jax.config_io import save_resolved
 from jmlr_jax.data.batches import Prepared
 from jmlr_jax.parallel.sharding import make_mesh
 from jmlr_jax.run import open as run_module
+from jmlr_jax.run.open import Run
 
 STEPS = 20
 TRAIN = {"steps": STEPS, "refresh_steps": 5, "refresh_delay": 2, "checkpoint_steps": 4, "warmup": {"steps": 3}}
@@ -129,7 +130,7 @@ def test_their_evaluation_and_report_are_those_of_one_process(one, two):
     assert ours["missing"] == [] and ours["arms"].keys() == theirs["arms"].keys()
     assert ours["retriever"] == theirs["retriever"]
     for arm in ours["arms"]:
-        a, b = (json.loads((root / f"seed_0/eval/{arm}.json").read_text()) for root in (two, one))
+        a, b = (json.loads((root / f"seed_0/eval/test/{arm}/summary.json").read_text()) for root in (two, one))
         assert a["nll"] == pytest.approx(b["nll"], rel=1e-4) and a["accuracy"] == b["accuracy"]
     assert len(list((two / "seed_0/arms/jmlr/tensorboard").iterdir())) == 1
 
@@ -191,5 +192,5 @@ def test_one_process_continues_what_two_have_saved(killed, two, tmp_path, monkey
     shutil.copytree(killed[0] / "seed_0", tmp_path / "seed_0")
     over(monkeypatch, 1)
     config, _ = configured(tmp_path)
-    pipeline.train(config.model_copy(update={"run_dir": str(tmp_path / "seed_0")}), "jmlr")
+    pipeline.train(Run.open(config.model_copy(update={"run_dir": str(tmp_path / "seed_0")})), "jmlr")
     assert_close(rows(tmp_path / "seed_0"), rows(two / "seed_0"), OTHER_DEVICES)

@@ -8,8 +8,8 @@ import pytest
 from runs import one_device, tiny_config
 
 from jmlr_jax.commands import pipeline
-from jmlr_jax.config_io import ConfigError
 from jmlr_jax.run import index as tables
+from jmlr_jax.run.artifact import ArtifactError
 from jmlr_jax.run.open import Run
 from jmlr_jax.run.weights import retriever_of
 from jmlr_jax.training import loop as train
@@ -85,16 +85,17 @@ def test_a_second_call_trains_and_builds_nothing(finished, patch):
     before = json.loads((finished / "report.json").read_text())
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(tables, "encode_passages_batched", lambda *a, **k: pytest.fail("built again"))
-        monkeypatch.setattr(train, "_train", lambda *a: pytest.fail("trained again"))
+        monkeypatch.setattr(train, "MetricsLog", lambda *a: pytest.fail("trained again"))
         pipeline.run_all(tiny_config(finished, train=SHORT), seeds=1)
     after = json.loads((finished / "report.json").read_text())
     for key in ("arms", "differences", "retriever"):
         assert after[key] == before[key]
 
 
-def test_a_directory_of_another_configuration_is_refused_by_the_name_of_the_key(finished):
-    with pytest.raises(ConfigError, match="train.sampled"):
-        Run.open(tiny_config(finished / "seed_0", train=SHORT | {"sampled": 2}))
+def test_training_otherwise_is_refused_by_the_name_of_the_key(finished, patch):
+    run = Run.open(tiny_config(finished / "seed_0", train=SHORT | {"sampled": 2}))
+    with pytest.raises(ArtifactError, match="train.sampled was 3, now 2"):
+        pipeline.train(run, "jmlr")
 
 
 def test_training_does_not_look_at_gold_passages(finished, tmp_path, patch):
@@ -102,7 +103,7 @@ def test_training_does_not_look_at_gold_passages(finished, tmp_path, patch):
     shutil.copytree(finished / "seed_0" / "data", tmp_path / "data")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(Run, "gold", lambda self, split: [[] for _ in self.prepared.questions(split)])
-        pipeline.train(tiny_config(tmp_path, train=SHORT), "jmlr")
+        pipeline.train(Run.open(tiny_config(tmp_path, train=SHORT)), "jmlr")
     name = "arms/jmlr/metrics.jsonl"
     rows = [[json.loads(x) for x in (d / name).read_text().splitlines()] for d in (tmp_path, finished / "seed_0")]
     blind, seeing = ([{k: v for k, v in row.items() if not k.startswith("recall/")} for row in r] for r in rows)

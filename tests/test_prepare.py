@@ -10,7 +10,6 @@ from rich.console import Console
 from test_batches import PASSAGES, QUESTIONS, small_config
 
 from jmlr_jax.config import Config, DataConfig, GeneratorConfig, LlamaConfig, RetrieverConfig
-from jmlr_jax.data import prepare as module
 from jmlr_jax.data.batches import Prepared
 from jmlr_jax.data.prepare import prepare
 from jmlr_jax.data.prepare_report import random_hit
@@ -25,24 +24,21 @@ def test_rows_of_records_tokens_and_gold_agree(tmp_path):
     assert [p.id for p in data.passages] == [p["id"] for p in PASSAGES]
     for row, question in enumerate(data.questions("train")):
         assert [data.passages[int(i)].id for i in data.gold("train", row)] == list(question.gold_doc_ids)
-    assert card["baselines"]["test"]["random@3"] == pytest.approx(3 / 7)
-    assert card["baselines"]["test"]["bm25@3"] == 1.0
+    assert card["baselines"]["test"]["random@5"] == pytest.approx(5 / 7)
+    assert card["baselines"]["test"]["bm25@5"] == 1.0
 
 
-def test_second_run_does_nothing_and_a_changed_input_does_it_again(tmp_path, monkeypatch):
+def test_fingerprints_tell_what_changed(tmp_path):
     cfg = small_config(tmp_path)
-    first = prepare(cfg, tmp_path / "data")
-    made = []
-    monkeypatch.setattr(module, "read_sources", lambda cfg: made.append(1) or pytest.fail("read again"))
-    assert prepare(cfg, tmp_path / "data") == first and not made
-    monkeypatch.undo()
+    first = prepare(cfg, tmp_path / "first")
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(corpus.read_text().replace("always", "often"))
-    second = prepare(cfg, tmp_path / "data")
-    assert second["fingerprints"]["corpus"] != first["fingerprints"]["corpus"]
-    assert second["fingerprints"]["questions"] == first["fingerprints"]["questions"]
-    longer = cfg.model_copy(update={"retriever": cfg.retriever.model_copy(update={"query_length": 20})})
-    assert prepare(longer, tmp_path / "data")["lengths"]["query"] == 20
+    second = prepare(cfg, tmp_path / "second", keep=tmp_path / "first")
+    before, after = first["fingerprints"], second["fingerprints"]
+    assert {name for name in before if before[name] != after[name]} == {"corpus", "passages"}
+    longer = cfg.model_copy(update={"retriever": cfg.retriever.model_copy(update={"query_length": 4})})
+    again = prepare(longer, tmp_path / "third", keep=tmp_path / "first")["fingerprints"]
+    assert {name for name in after if again[name] != after[name]} == {"train", "test"}, "queries are cut shorter"
 
 
 def test_same_inputs_give_the_same_bytes(tmp_path):
@@ -51,26 +47,6 @@ def test_same_inputs_give_the_same_bytes(tmp_path):
     prepare(cfg, tmp_path / "b")
     for path in sorted((tmp_path / "a" / "tokens").iterdir()) + [tmp_path / "a" / "prepare.json"]:
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes(), path
-
-
-def test_a_run_that_dies_leaves_the_old_data_whole(tmp_path, monkeypatch):
-    cfg = small_config(tmp_path)
-    first = prepare(cfg, tmp_path / "data")
-    changed = cfg.model_copy(update={"seed": 1, "data": cfg.data.model_copy(update={"passage_words": 3})})
-
-    def die(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "write_corpus", die)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(changed, tmp_path / "data")
-    assert Prepared.open(tmp_path / "data").card == first
-    with pytest.raises(KeyboardInterrupt):
-        prepare(changed, tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-    monkeypatch.undo()
-    assert prepare(changed, tmp_path / "data")["documents_split"] == 7
-    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".data")]
 
 
 def test_split_documents_keep_their_gold(tmp_path):

@@ -12,9 +12,18 @@ from jmlr_jax.errors import JmlrError
 from jmlr_jax.evaluation import figures
 from jmlr_jax.evaluation.figures import PANELS
 from jmlr_jax.evaluation.metrics import bootstrap_interval
-from jmlr_jax.evaluation.report import ARMS, curves_by_metric, read_run, report
+from jmlr_jax.evaluation.report import report
+from jmlr_jax.evaluation.seed_run import ARMS, curves_by_metric, read_run
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
+
+
+AFTER = {"hit@1": 0.7, "hit@5": 0.9, "mrr@10": 0.8, "ndcg@10": 0.8, "n": 40}
+
+
+def scores(seed):
+    """Ranking metrics of the retriever before training."""
+    return {"hit@1": 0.2 + 0.1 * seed, "hit@5": 0.4, "mrr@10": 0.3, "ndcg@10": 0.3, "n": 40}
 
 
 def write_arm(folder, arm, accuracy, n=40, seed=0, evil=False):
@@ -40,8 +49,9 @@ def write_arm(folder, arm, accuracy, n=40, seed=0, evil=False):
             }
         )
     mean = float(np.mean([row["correct"] for row in rows]))
-    (folder / "eval").mkdir(parents=True, exist_ok=True)
-    (folder / "eval" / f"{arm}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    place = folder / "eval" / "test" / arm
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = {
         "arm": arm,
         "n": n,
@@ -52,8 +62,9 @@ def write_arm(folder, arm, accuracy, n=40, seed=0, evil=False):
         "chance": 0.25,
         "generation": {"accuracy": 0.9, "low": 0.8, "high": 1.0, "unparsed": 4},
         "nll": {"with_passages": 0.5 + seed, "without_passages": 1.5 + seed, "gain": 1.0},
+        "retrieval": {"jmlr": AFTER, "bm25": scores(seed)}.get(arm),
     }
-    (folder / "eval" / f"{arm}.json").write_text(json.dumps(summary))
+    (place / "summary.json").write_text(json.dumps(summary))
     lines = [{"step": s, "loss/answer": 3.0 / (1 + s), "rank/pair_accuracy": 0.5 + s / 100} for s in range(30)]
     (folder / "arms" / arm).mkdir(parents=True)
     lines.append({"step": 20, "dev/loss": 0.5 + seed})
@@ -63,11 +74,9 @@ def write_arm(folder, arm, accuracy, n=40, seed=0, evil=False):
 
 
 def write_rest(folder, seed=0):
-    scores = {"hit@1": 0.2 + 0.1 * seed, "hit@5": 0.4, "mrr@10": 0.3, "ndcg@10": 0.3, "n": 40}
-    after = {"hit@1": 0.7, "hit@5": 0.9, "mrr@10": 0.8, "ndcg@10": 0.8, "n": 40}
-    (folder / "eval").mkdir(parents=True, exist_ok=True)
-    retriever = {"before": scores, "after": after, "arms": {"bm25": scores}}
-    (folder / "eval" / "retriever.json").write_text(json.dumps(retriever))
+    place = folder / "eval" / "test" / "initial"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "summary.json").write_text(json.dumps({"arm": "initial", "retrieval": scores(seed)}))
     (folder / "timing.json").write_text(json.dumps({"train": 10.0 + 2 * seed, "total": 30.0}))
     (folder / "data").mkdir()
     (folder / "data" / "prepare.json").write_text(
@@ -158,7 +167,7 @@ def test_curves_come_from_both_files_and_the_warmup_stands_apart(tmp_path):
     write_arm(tmp_path, "jmlr", 0.8)
     (tmp_path / "arms" / "warmup").mkdir()
     (tmp_path / "arms" / "warmup" / "metrics.jsonl").write_text('{"step": 7, "loss/answer": 2.0}\n')
-    run = read_run(epath.Path(tmp_path), "run")
+    run = read_run(epath.Path(tmp_path), "run", "test")
     jmlr = run.curves["jmlr"]
     assert jmlr["speed/tokens_per_s"] == [(10, 100.0)] and jmlr["dev/loss"] == [(20, 0.5)]
     assert len(jmlr["loss/answer"]) == 30
@@ -182,7 +191,7 @@ def test_what_training_logs_has_a_panel():
 def test_single_run_directory_with_gaps(tmp_path, capsys):
     write_arm(tmp_path, "jmlr", 0.8)
     write_arm(tmp_path, "bm25", 0.5)
-    (tmp_path / "eval" / "bm25.jsonl").unlink()  # the summary has to do
+    (tmp_path / "eval" / "test" / "bm25" / "questions.jsonl").unlink()  # the summary has to do
     (tmp_path / "timing.json").write_text("{broken")
     with (tmp_path / "arms" / "jmlr" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 29, "loss/answer": NaN}\n{"step": 30, "loss/ans')
@@ -191,13 +200,20 @@ def test_single_run_directory_with_gaps(tmp_path, capsys):
     assert set(content["arms"]) == {"jmlr", "bm25"} and content["seeds"] == 1
     assert content["arms"]["bm25"]["high"] == pytest.approx(content["arms"]["bm25"]["accuracy"] + 0.1)
     assert (content["arms"]["bm25"]["n"], content["arms"]["bm25"]["unparsed"]) == (40, 4)
-    assert content["differences"] == {} and content["retriever"] == {}
+    assert content["differences"] == {} and content["retriever"]["hit@1"] == {"after": 0.7}
     assert content["seconds"] == {"train": None, "total": None}
     missing = "\n".join(content["missing"])
-    for name in ("config.yaml", "frozen.json", "bm25.jsonl", "retriever.json", "prepare.json", "timing.json (not read"):
+    for name in (
+        "config.yaml",
+        "frozen/summary.json",
+        "bm25/questions.jsonl",
+        "initial/summary.json",
+        "prepare.json",
+        "timing.json (not read",
+    ):
         assert name in missing
     assert "1 unreadable line " in missing
-    assert "frozen.json" in page
+    assert "frozen/summary.json" in page
     printed = capsys.readouterr().out
     assert "JMLR" in printed and "missing:" in printed
 
@@ -206,7 +222,7 @@ def test_only_configured_arms_are_missed(tmp_path):
     (tmp_path / "config.yaml").write_text("eval:\n  arms: [jmlr, bm25]\n")
     report(tmp_path, quiet=True)
     missing = "\n".join(json.loads((tmp_path / "report.json").read_text())["missing"])
-    assert "jmlr.json" in missing and "bm25.json" in missing and "frozen" not in missing
+    assert "jmlr/summary.json" in missing and "bm25/summary.json" in missing and "frozen" not in missing
 
 
 def test_empty_directory_and_no_directory(tmp_path, capsys):

@@ -1,7 +1,6 @@
 """Candidate tables: fixed ones, the mixture, and the refresh beside training."""
 
 import threading
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,7 +9,10 @@ from runs import one_device, open_run
 
 from jmlr_jax.retrieval.candidates import overlap
 from jmlr_jax.run import candidates as module
+from jmlr_jax.run import index as indexes
 from jmlr_jax.run.candidates import Candidates, bm25_table, fixed_table
+from jmlr_jax.run.index import keep_index, query_vectors, retriever_index
+from jmlr_jax.run.open import Run
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +159,7 @@ class ChangedCorpus:
     def __init__(self, prepared, rows, name):
         self._old, self._rows = prepared, rows
         self.passages = [prepared.passages[int(row)] for row in rows]
-        self.card = prepared.card | {"fingerprints": prepared.card["fingerprints"] | {"corpus": name}}
+        self.card = prepared.card | {"fingerprints": prepared.card["fingerprints"] | {"passages": name}}
 
     def __getattr__(self, name):
         return getattr(self._old, name)
@@ -171,24 +173,29 @@ def test_an_index_of_an_earlier_corpus_is_brought_up_to_date(run, retriever, mes
     """One passage is new and some are gone: only the new one is encoded, unless too many are gone."""
     count = len(run.prepared.passages)
     gone = round(share * count)
-    parts = {name: getattr(run, name) for name in ("cfg", "retriever", "mesh")}
+
+    def of(prepared, directory=tmp_path):
+        return Run(run.cfg, directory, prepared, run.mesh)
+
     old = ChangedCorpus(run.prepared, np.arange(count - 1), "old")
     new = ChangedCorpus(run.prepared, np.roll(np.arange(gone, count), 3), "new")
-    first = module.retriever_index(SimpleNamespace(**parts, prepared=old, directory=tmp_path), retriever, keep=True)
-    first.save(tmp_path / "index" / "initial")
-    read, original = [], ChangedCorpus.passage_tokens
-    monkeypatch.setattr(module, "_digests", lambda run, p, made=module._digests: (made(run, p), read.clear())[0])
-    monkeypatch.setattr(
-        ChangedCorpus, "passage_tokens", lambda self, r: (read.extend(r.tolist()), original(self, r))[1]
-    )
-    changed = SimpleNamespace(**parts, prepared=new, directory=tmp_path)
-    index = module.retriever_index(changed, retriever)
+    keep_index(of(old), "initial", retriever, list)
+    read, original, said = [], indexes.encode_passages_batched, []
+
+    def encode(encode, params, cfg, tokens, rows, *rest, **named):
+        read.extend(rows.tolist())
+        return original(encode, params, cfg, tokens, rows, *rest, **named)
+
+    monkeypatch.setattr(indexes, "encode_passages_batched", encode)
+    index = keep_index(of(new), "initial", retriever, said.append)
+    assert said == [f"{tmp_path}/index/initial: made again, passages has changed"]
     assert set(read) == ({new._rows.tolist().index(count - 1)} if kept else set(range(count - gone)))
     assert (index.card.updates, index.card.corpus_fingerprint) == (int(kept), "new")
-    index.save(tmp_path / "index" / "initial")
-    again = module.retriever_index(changed, retriever)  # opened as it is
-    q = np.concatenate(list(module.query_vectors(run, retriever, "train", ROWS)))
-    want = module.retriever_index(SimpleNamespace(**parts, prepared=new, directory=tmp_path / "else"), retriever)
+    read.clear()
+    again = retriever_index(of(new), retriever)
+    assert not read, "opened as it is"
+    q = np.concatenate(list(query_vectors(run, retriever, "train", ROWS)))
+    want = retriever_index(of(new, tmp_path / "else"), retriever)
     for one in (index, again):
         rows, scores = one.search(q, 5)
         np.testing.assert_array_equal(rows, want.search(q, 5)[0])

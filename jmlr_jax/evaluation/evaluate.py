@@ -220,7 +220,7 @@ def evaluate_batch(
     cfg: LlamaConfig,
     ids: GeneratorIds,
     max_length: int,
-    everywhere: NamedSharding | None,
+    replicated: NamedSharding | None,
 ) -> dict[str, Array]:
     """Everything about a batch: likelihoods with and without passages, and generated tokens.
 

@@ -62,7 +62,8 @@ def resolved(cfg: Config) -> Config:
         sizes[key] = shape.vocab_size or (half.tokenizer_vocab if half.tokenizer_place is None else 0)
         if not sizes[key]:
             field = "generator.llama" if key == "generator" else "retriever.bert"
-            raise PlanError(f"{field}.vocab_size=0: a plan reads no tokenizer; set it to that of {half.tokenizer_place}")
+            place = half.tokenizer_place
+            raise PlanError(f"{field}.vocab_size=0: a plan reads no tokenizer; set it to that of {place}")
     llama = llama.model_copy(update={"vocab_size": sizes["generator"]})
     bert = bert.model_copy(update={"vocab_size": sizes["retriever"]})
     generator = cfg.generator.model_copy(update={"llama": llama})
