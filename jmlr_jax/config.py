@@ -12,13 +12,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from jmlr_jax.files import check_local, check_readable
 
 DType = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "full", "attention", "mlp", "dots"]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 TOKENIZER = "a tokenizer directory, or 'train' a small one in `jmlr prepare`; null: the source's, or trained"
 RankLossName = Literal["llm_rank", "kl", "emdr2"]
+LocalPath = Annotated[str, AfterValidator(check_local)]
+ReadPath = Annotated[str, AfterValidator(check_readable)]
 ArmName = Literal["jmlr", "frozen", "separate", "bm25", "random", "closed_book"]
 
 
@@ -146,8 +150,10 @@ class EncoderLoraConfig(AdapterConfig):
 class RetrieverConfig(ModelConfig):
     """The late-interaction encoder and how text becomes its tokens (METHOD step 1)."""
 
-    source: str = Field("scratch", description="'scratch' (random weights of shape `bert`) or a Hugging Face directory")
-    tokenizer: str | None = Field(None, description=TOKENIZER)
+    source: ReadPath = Field(
+        "scratch", description="'scratch' (random weights of shape `bert`) or a Hugging Face directory"
+    )
+    tokenizer: LocalPath | None = Field(None, description=TOKENIZER)
     tokenizer_vocab: PositiveInt = Field(4096, description="size of the tokenizer that 'train' makes")
     bert: BertConfig = BertConfig()
     lora: EncoderLoraConfig | None = Field(None, description="null trains every weight, as METHOD does")
@@ -178,10 +184,10 @@ class LoraConfig(AdapterConfig):
 class GeneratorConfig(ModelConfig):
     """The language model and its prompt pieces; each piece has its own length, set here and nowhere else."""
 
-    source: str = Field(
+    source: ReadPath = Field(
         "scratch", description="'scratch' (random weights of shape `llama`) or a Hugging Face directory"
     )
-    tokenizer: str | None = Field(None, description=TOKENIZER)
+    tokenizer: LocalPath | None = Field(None, description=TOKENIZER)
     tokenizer_vocab: PositiveInt = Field(4096, description="size of the tokenizer that 'train' makes")
     tokenizer_lowercase: bool = Field(
         False, description="a tokenizer made here reads small letters only: a word is the same wherever it stands"
@@ -224,10 +230,12 @@ class DataConfig(Strict):
     """Where questions and passages come from."""
 
     questions: Literal["world", "medqa", "medmcqa", "mmlu", "pubmedqa", "mirage", "jsonl", "csv", "tsv"] = "world"
-    train_path: str | None = None
-    dev_path: str | None = None
-    test_path: str | None = None
-    corpus_path: str | None = Field(None, description="passages: JSONL, CSV or TSV with id, title, text[, source, url]")
+    train_path: ReadPath | None = None
+    dev_path: ReadPath | None = None
+    test_path: ReadPath | None = None
+    corpus_path: ReadPath | None = Field(
+        None, description="passages: JSONL, CSV or TSV with id, title, text[, source, url]"
+    )
     world: WorldConfig = WorldConfig()
     on_error: Literal["stop", "skip"] = Field("stop", description="skip: bad records are counted and listed")
     passage_words: PositiveInt = Field(
@@ -384,7 +392,7 @@ class MeshConfig(Strict):
 class Config(Strict):
     """Everything a run depends on; saved, resolved, in the run directory."""
 
-    run_dir: str = "runs/default"
+    run_dir: LocalPath = "runs/default"
     seed: int = 0
     data: DataConfig = DataConfig()
     retriever: RetrieverConfig = RetrieverConfig()

@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from jmlr_jax.config import Config
 from jmlr_jax.errors import JmlrError
-from jmlr_jax.files import write_text
+from jmlr_jax.files import absolute, any_path, write_text
 
 RESOLVED_NAME = "config.yaml"
 """Name of the record in a run directory: what `jmlr prepare` or `jmlr run` was asked, resolved."""
@@ -108,8 +108,8 @@ def with_absolute_paths(config: Config) -> Config:
     tree = config.model_dump()
     for section, name, words in PATH_KEYS:
         value = tree[section][name]
-        if value is not None and value not in words and "://" not in value:
-            tree[section][name] = os.path.abspath(value)
+        if value is not None and value not in words:
+            tree[section][name] = absolute(value)
     return Config.model_validate(tree)
 
 
@@ -137,7 +137,7 @@ def field_rows() -> list[FieldRow]:
 
 
 def _find_preset(path: str) -> epath.Path:
-    file = epath.Path(path)
+    file = any_path(path)
     if file.is_dir():
         raise ConfigError(f"{path}: is a directory, expected a YAML file or the name of a preset")
     if file.exists():

@@ -1,17 +1,84 @@
-"""Files that appear whole or not at all: what a crash leaves is the file from before, or none."""
+"""Where files lie, and files that appear whole or not at all: what a crash leaves is the one from before, or none."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import IO, Any
 
 from etils import epath
 
+from jmlr_jax.errors import JmlrError
+
 SAMPLED_ABOVE = 1 << 30  # bytes
 PIECE, PIECES = 1 << 20, 256
+
+BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}
+"""Schemes of addresses that can be read, with the library that each needs."""
+
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib makes gs:/ of gs://
+
+
+class PlaceError(JmlrError, ValueError):
+    """A path that cannot serve; the message names it and what mends it."""
+
+
+def is_address(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is an address such as ``gs://bucket/file``."""
+    return _ADDRESS.match(os.fspath(path)) is not None
+
+
+def check_local(path: str) -> str:
+    """`path` as it is, unless it is an address: pathlib would take that for a folder of this name and write there.
+
+    Raises:
+      PlaceError: it is one, such as ``gs://bucket/runs``.
+    """
+    if is_address(path):
+        raise PlaceError(
+            f"{path}: is an address, not a folder of this machine; mount the bucket and give the path there, "
+            "such as /mnt/jmlr/runs/a (docs/tpu.md)"
+        )
+    return path
+
+
+def check_readable(path: str) -> str:
+    """`path` as it is, unless it is an address that nothing here reads.
+
+    Raises:
+      PlaceError: it is one, such as ``https://host/file``.
+    """
+    address = _ADDRESS.match(path)
+    if address and address[1].lower() not in BUCKETS:
+        raise PlaceError(f"{path}: {address[1]}: is not read here; download what is there and give the file's path")
+    return path
+
+
+def any_path(path: str | os.PathLike[str]) -> epath.Path:
+    """`path`, on this machine or in a bucket.
+
+    Raises:
+      PlaceError: an address that nothing here reads, or a bucket whose library is not installed.
+    """
+    address = _ADDRESS.match(check_readable(os.fspath(path)))
+    if address and find_spec(library := BUCKETS[address[1].lower()]) is None:
+        raise PlaceError(f"{path}: reading it needs {library}: pip install {library}, or give the path of a copy")
+    return epath.Path(path)
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """`path` as it is told from anywhere on this machine; an address is one already."""
+    return os.fspath(path) if is_address(path) else os.path.abspath(path)
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """`path` on this machine, absolute; errors as :func:`check_local`."""
+    return Path(check_local(os.fspath(path))).absolute()
 
 
 @contextlib.contextmanager
@@ -23,7 +90,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[Any]]:
     Raises:
       OSError: the disk; `path` is as it was.
     """
-    target = epath.Path(path)
+    target = any_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.parent / f".{target.name}.{os.getpid()}.part"
     try:
@@ -53,7 +120,7 @@ def digest(path: str | os.PathLike[str]) -> str:
     Raises:
       FileNotFoundError: there is nothing.
     """
-    target, hasher = epath.Path(path), hashlib.sha256()
+    target, hasher = any_path(path), hashlib.sha256()
     for file in sorted(target.iterdir()) if target.is_dir() else [target]:
         if not file.is_dir():
             hasher.update(f"{file.name if file != target else ''}\0".encode())

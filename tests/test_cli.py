@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shlex
 import subprocess
 import sys
@@ -39,6 +40,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         for name in names:
             setattr(module, name, recorder(name))
         monkeypatch.setitem(sys.modules, module_name, module)
+        package, _, last = module_name.rpartition(".")
+        monkeypatch.setattr(importlib.import_module(package), last, module, raising=False)
     opened = types.ModuleType("jmlr_jax.run.open")
     opened.Run = types.SimpleNamespace(open=lambda config: config)  # what a command opens stands for the run
     monkeypatch.setitem(sys.modules, "jmlr_jax.run.open", opened)

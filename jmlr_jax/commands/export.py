@@ -15,6 +15,7 @@ from jmlr_jax.config import Config
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.evaluation.report import summarise
 from jmlr_jax.evaluation.seed_run import read_run
+from jmlr_jax.files import is_address
 from jmlr_jax.hf.card import copy_legal_files, model_card
 from jmlr_jax.hf.export import Lora, write_adapters, write_colbert, write_generator, write_pylate
 from jmlr_jax.hf.io import read_json, whole_directory
@@ -107,7 +108,7 @@ def _write_generator(run: Run, folder: epath.Path, weights: Any, console: Consol
                 f"{like['vocab_size']} rows of {cfg.source}; `jmlr import` can add rows to a base before training"
             )
         else:
-            base = os.path.abspath(cfg.source)
+            base = cfg.source if is_address(cfg.source) else os.path.abspath(cfg.source)
             write_adapters(_made(folder, "adapters"), run.llama, lora, base, like["vocab_size"], tokenizer)
             written.add("adapters")
     _copy_legal(cfg.source, folder, list(written))

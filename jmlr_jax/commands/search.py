@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jmlr_jax.data.prompts import Prompts
 from jmlr_jax.data.tokenise import tokenise
 from jmlr_jax.data.tokenizers import encoder, load_tokenizer
 from jmlr_jax.errors import JmlrError
+from jmlr_jax.files import any_path
 from jmlr_jax.nn.functional import encode_passages, encode_queries
 from jmlr_jax.parallel.distributed import check_same, console, from_first, on_first
 from jmlr_jax.parallel.placement import local_mesh
@@ -209,14 +210,14 @@ def matches(q_QxC: np.ndarray, p_PxC: np.ndarray, keep_P: np.ndarray) -> np.ndar
     return weight_P
 
 
-def read_questions(path: Path) -> tuple[list[str], list[str]]:
+def read_questions(path: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
     """Ids and texts of a file of questions: a line for each, ``id<TAB>text``.
 
     Raises:
       SearchError: no file, no question, or a line of another form, named by its number.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = any_path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SearchError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     ids, texts = [], []
@@ -275,7 +276,7 @@ def run_search(
     if asked.startswith("@") and trec is None:
         raise SearchError(f"{asked}: a file of questions gives a run file; say where with --trec FILE")
     check_same("what is asked", [asked, name, k, list(sources), hybrid], "start the same command in every process")
-    ids, texts = from_first(lambda: read_questions(Path(asked[1:]))) if asked.startswith("@") else (["1"], [asked])
+    ids, texts = from_first(lambda: read_questions(asked[1:])) if asked.startswith("@") else (["1"], [asked])
     engine = Engine(Run.open(cfg), name)
     rows, scores = engine.search(texts, k, sources, hybrid)
 

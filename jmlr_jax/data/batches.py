@@ -18,6 +18,7 @@ from jmlr_jax.data.builders import Records, read_passages, read_questions_split
 from jmlr_jax.data.schema import SPLITS, InputError, Passage, Question
 from jmlr_jax.data.token_table import TokenTable
 from jmlr_jax.data.tokenizers import GeneratorIds, RetrieverIds
+from jmlr_jax.files import local_path
 
 Batch = dict[str, np.ndarray]
 CARD = "prepare.json"
@@ -36,7 +37,7 @@ class Prepared:
     @classmethod
     def open(cls, directory: str | Path) -> Prepared:
         """Opens prepared data; raises FileNotFoundError if there is none."""
-        path = Path(directory)
+        path = local_path(directory)
         if not (path / CARD).is_file():
             raise FileNotFoundError(
                 f"{path / CARD}: no prepared data; first run `jmlr prepare` with the same --config and values"

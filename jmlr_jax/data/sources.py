@@ -7,13 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from etils import epath
-
 from jmlr_jax.config import Config
 from jmlr_jax.data.leakage import LeakageReport, filter_leaks
 from jmlr_jax.data.readers import ReadReport, read_corpus, read_questions
 from jmlr_jax.data.schema import SPLITS, InputError, Passage, Question
 from jmlr_jax.data.split import split_corpus
+from jmlr_jax.files import any_path
 
 Questions = dict[str, list[Question]]
 
@@ -102,7 +101,7 @@ def _read_notes(report: ReadReport) -> dict[str, Any]:
 
 
 def _existing(key: str, path: str) -> str:
-    if not epath.Path(path).exists():
+    if not any_path(path).exists():
         raise FileNotFoundError(f"{key}={path}: no such file")
     return path
 

@@ -11,7 +11,6 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jmlr_jax.config import RetrieverConfig
 from jmlr_jax.errors import JmlrError
+from jmlr_jax.files import local_path
 
 BYTES = 256
 _MAX_LETTERS = 1000  # of the retriever's alphabet; rarer ones are unknown
@@ -64,7 +64,7 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
     Raises:
         TokenizerError: if the directory holds no tokenizer with a fast implementation.
     """
-    if not Path(directory).is_dir():
+    if not local_path(directory).is_dir():
         raise TokenizerError(f"{directory}: no such tokenizer directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -14,6 +14,7 @@ from etils import epath
 
 from jmlr_jax.config import BertConfig, DType, LlamaConfig, RetrieverConfig
 from jmlr_jax.data.tokenizers import load_tokenizer
+from jmlr_jax.files import any_path
 from jmlr_jax.hf import bert, config, llama
 from jmlr_jax.hf.export import SHARD_BYTES, write_colbert_tensors
 from jmlr_jax.hf.io import (
@@ -58,7 +59,7 @@ def import_checkpoint(
         HFError: names every field, tensor or file that does not fit, and every tensor that is not finite in `dtype`.
         TokenizerError: no fast tokenizer.
     """
-    raw = read_json(epath.Path(src) / "config.json")
+    raw = read_json(any_path(src) / "config.json")
     model = _decoder(src, raw) if (raw.get("architectures") or [""])[0] in config.DECODERS else _encoder(src)
     tokenizer = load_tokenizer(os.fspath(src))
     known = set(tokenizer.get_vocab())

@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 
 from jmlr_jax.errors import JmlrError
+from jmlr_jax.files import any_path
 from jmlr_jax.parallel.progress import track
 
 INDEX = "model.safetensors.index.json"
@@ -247,7 +248,7 @@ def whole_directory(directory: str | os.PathLike[str]) -> Iterator[epath.Path]:
     Raises:
         HFError: `directory` exists and is not an empty folder.
     """
-    target = epath.Path(directory)
+    target = any_path(directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise HFError(f"{target}: exists already; give a new directory, or remove it first")
     part = target.parent / f".{target.name}.part"

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from etils import epath
 
 from jmlr_jax.config import RetrieverConfig
+from jmlr_jax.files import any_path
 from jmlr_jax.hf import bert
 from jmlr_jax.hf.io import SINGLE, Entry, HFError, read_directory, read_header, read_json
 
@@ -59,7 +60,7 @@ def open_retriever(directory: str | os.PathLike[str]) -> Source:
     Raises:
         HFError: no such layout, weights that are not safetensors, or a projection that is more than a linear map.
     """
-    folder = epath.Path(directory)
+    folder = any_path(directory)
     if not folder.is_dir():
         raise HFError(f"{folder}: no such directory")
     dense = _dense_folder(folder)

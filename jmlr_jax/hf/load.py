@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jmlr_jax.config import LlamaConfig, RetrieverConfig
+from jmlr_jax.files import any_path
 from jmlr_jax.hf import bert, config, llama
 from jmlr_jax.hf.io import Entry, HFError, read_directory, read_json
 from jmlr_jax.hf.layouts import Source, check_conventions, open_retriever
@@ -49,7 +49,7 @@ def load_generator(
         HFError: names every field, tensor or file that does not fit.
         ShardingError: the mesh does not divide the weights.
     """
-    raw, file = read_json(epath.Path(source) / "config.json"), f"{source}/config.json"
+    raw, file = read_json(any_path(source) / "config.json"), f"{source}/config.json"
     found = config.llama_from_hf(raw, file)
     cfg = config.resolve(found, asked, tokens, "generator.llama", source)
     entries = read_directory(source)

@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from etils import epath
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from jmlr_jax.config import Config
+from jmlr_jax.files import write_text
 from jmlr_jax.parallel import distributed
 from jmlr_jax.planning.estimate import VECTOR_FORWARD
 from jmlr_jax.planning.flops import GIB
@@ -51,7 +51,7 @@ def run(cfg: Config, topology: str | None, try_all: bool, json_path: str | None)
     plan = make_plan(cfg, topology)
     print_plan(plan, console)
     if json_path is not None:
-        epath.Path(json_path).write_text(json.dumps(to_json(plan), indent=1) + "\n")
+        write_text(json_path, json.dumps(to_json(plan), indent=1) + "\n")
 
 
 def to_json(plan: Plan) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jmlr_jax.errors import JmlrError
-from jmlr_jax.files import write_text
+from jmlr_jax.files import local_path, write_text
 from jmlr_jax.retrieval.code import TokenCode
 from jmlr_jax.retrieval.encoding import Encoding
 from jmlr_jax.retrieval.exact import ExactIndex
@@ -128,7 +128,7 @@ class Index:
         Raises:
           OSError: the disk; the previous index is left as it was.
         """
-        directory = Path(directory).absolute()
+        directory = local_path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         parts = self.card.parts if self._home == directory else []
         if not all((directory / folder.name).is_dir() for folder in parts):
@@ -188,7 +188,7 @@ def open_index(directory: Path | str, model_fingerprint: str, corpus_fingerprint
     Raises:
       IndexUnusable: there is no index, it belongs to another model or corpus, or a file is missing, changed or unknown.
     """
-    directory = Path(directory).absolute()
+    directory = local_path(directory)
     while True:
         text = _card_text(directory)
         try:

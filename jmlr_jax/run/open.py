@@ -22,7 +22,7 @@ from jmlr_jax import config_io
 from jmlr_jax.config import Config, LlamaConfig, RetrieverConfig
 from jmlr_jax.data.batches import CARD, Prepared
 from jmlr_jax.errors import JmlrError
-from jmlr_jax.files import write_text
+from jmlr_jax.files import local_path, write_text
 from jmlr_jax.hf.load import load_generator, load_retriever
 from jmlr_jax.nn import lora
 from jmlr_jax.nn.copying import favour_copying
@@ -56,7 +56,7 @@ class Run:
           ArtifactError: the data were prepared with other values or from other files.
           ShardingError: the mesh does not fit the devices.
         """
-        directory = Path(cfg.run_dir).absolute()
+        directory = local_path(cfg.run_dir)
         check_same("the configuration", config_io.to_yaml(cfg), "start the same command in every process")
         on_first(lambda: _check_data(cfg, directory / "data"))
         sees = gather((directory / "data" / CARD).is_file())

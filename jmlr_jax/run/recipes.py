@@ -6,7 +6,6 @@ precision of progress, how often is logged, recomputation in the backward pass, 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +16,7 @@ from pydantic import BaseModel
 from jmlr_jax.config import Config
 from jmlr_jax.data import world
 from jmlr_jax.data.schema import SPLITS
-from jmlr_jax.files import digest
+from jmlr_jax.files import absolute, digest
 from jmlr_jax.run.artifact import Recipe
 from jmlr_jax.run.phases import PHASES, Phase
 
@@ -48,7 +47,7 @@ def data_recipe(cfg: Config, folder: Path, made: Recipe | None = None) -> Recipe
         if section.tokenizer_place is not None:
             places[f"{half}.tokenizer"] = section.tokenizer_place
             keys.pop(f"{half}.tokenizer_vocab")
-    places = {name: os.path.abspath(place) for name, place in places.items() if place is not None}
+    places = {name: absolute(place) for name, place in places.items() if place is not None}
     if made is not None:
         known = {name: value for name, value in made.inputs.items() if places.get(name) == made.places.get(name)}
         return Recipe(folder, keys, {n: digest(p) for n, p in places.items() if n not in known} | known, places)
