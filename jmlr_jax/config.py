@@ -414,6 +414,16 @@ class Config(Strict):
             raise ValueError(
                 f"generator.max_length={g.max_length} exceeds generator.llama.max_positions={g.llama.max_positions}"
             )
+        for half, shape, lora, stored in (
+            ("generator", "generator.llama", g.lora, g.llama.param_dtype),
+            ("retriever", "retriever.bert", r.lora, r.bert.param_dtype),
+        ):
+            if lora is None and stored != "float32":
+                raise ValueError(
+                    f"{shape}.param_dtype={stored} with {half}.lora=null: all these weights train, and most updates "
+                    f"are too small to change one that is stored so; set {shape}.param_dtype=float32 ({shape}.dtype "
+                    f"may stay), or {half}.lora={{}} for float32 adapters on a frozen base"
+                )
         longest = max(r.query_length, r.passage_length)
         if longest > r.bert.max_positions:
             raise ValueError(

@@ -190,6 +190,20 @@ def test_wrong_value_on_the_command_line() -> None:
     assert "set its keys one by one (train.steps=...)" in _message(None, "train={steps: 3}")
 
 
+@pytest.mark.parametrize(
+    ("shape", "half"), [("generator.llama", "generator"), ("retriever.bert", "retriever")], ids=["decoder", "encoder"]
+)
+def test_weights_that_train_whole_are_stored_in_float32(shape: str, half: str) -> None:
+    """A bfloat16 weight of 1 does not see an update of 0.003; adapters are float32 whatever their base is."""
+    for stored in ("bfloat16", "float16"):
+        message = _message(None, f"{shape}.param_dtype={stored}")
+        assert f"{shape}.param_dtype={stored} with {half}.lora=null" in message
+        assert f"{shape}.param_dtype=float32" in message and f"{half}.lora={{}}" in message
+        adapted = load(None, [f"{shape}.param_dtype={stored}", f"{half}.lora={{}}"])
+        assert getattr(adapted, half).lora is not None
+    assert load(None, [f"{shape}.dtype=bfloat16"])  # to compute in it is another thing
+
+
 def test_a_check_across_sections_names_both_numbers() -> None:
     message = _message(None, "generator.max_length=600")
     assert "generator.max_length=600" in message and "max_positions=512" in message

@@ -20,6 +20,7 @@ from jmlr_jax.evaluation.evaluate import Reader, evaluate_arm, read_prompt, summ
 from jmlr_jax.evaluation.metrics import bootstrap_interval
 from jmlr_jax.evaluation.report import summarise
 from jmlr_jax.evaluation.seed_run import read_run
+from jmlr_jax.method.prompt import reading_width
 from jmlr_jax.nn.functional import abstract_params, init_llama, llama_hidden, llama_logits, logical_axes
 from jmlr_jax.nn.lora import bind, init_lora
 from jmlr_jax.parallel.sharding import ShardingError, make_mesh, shardings
@@ -178,6 +179,44 @@ def test_batch_size_and_sharding_do_not_matter_and_adapters_do(setting, result):
         assert a["nll"] != pytest.approx(plain["nll"], rel=1e-3)
     with pytest.raises(ShardingError, match="eval.batch_size=7"):
         evaluate_arm("jmlr", adapted, prepared, "test", table, at_once, mesh=mesh)
+
+
+def test_a_prompt_is_as_wide_as_its_pieces_can_reach():
+    batch = {"reader_ids_BxKxL": jnp.zeros((2, 3, 5), int), "question_ids_BxS": jnp.zeros((2, 7), int)}
+    assert reading_width(batch, 100, 2) == 1 + 3 * 5 + 7 + 2
+    assert reading_width(batch, 20, 2) == 20
+    batch["reader_ids_BxKxL"] = batch["reader_ids_BxKxL"][:, :0]
+    assert reading_width(batch, 100, 2) == 1 + 7 + 2
+
+
+@pytest.mark.parametrize("arm", ["jmlr", "closed_book"])
+def test_padding_beyond_what_can_be_read_is_left_out_and_changes_no_bit(setting, monkeypatch, arm):
+    """The same batches with empty passages behind the rest, which make every row as wide as max_length."""
+    cfg, prepared, reader, table = setting
+    table = table if arm == "jmlr" else np.full_like(table, -1)
+    batches, found = [], []
+
+    def recorded(params, adapters, batch, **static):
+        batches.append((batch, static))
+        found.append(compiled(params, adapters, batch, **static))
+        return found[-1]
+
+    compiled = evaluate.evaluate_batch
+    monkeypatch.setattr(evaluate, "evaluate_batch", recorded)
+    evaluate_arm(arm, reader, prepared, "test", table, cfg)
+    read = 3 if arm == "jmlr" else 0
+    assert len(batches) == 2
+    for (batch, static), narrow in zip(batches, found, strict=True):
+        assert batch["reader_ids_BxKxL"].shape == (4, read, 48) and static["max_length"] == 256
+        assert reading_width(batch, 256, 12) == 1 + read * 48 + 64 + 12 < 256
+        empty = ((0, 0), (0, 5 - read))
+        wide = batch | {
+            "reader_ids_BxKxL": np.pad(batch["reader_ids_BxKxL"], (*empty, (0, 0))),
+            "reader_len_BxK": np.pad(batch["reader_len_BxK"], empty),
+        }
+        assert reading_width(wide, 256, 12) == 256
+        for name, value in compiled(reader.params, reader.adapters, wide, **static).items():
+            np.testing.assert_array_equal(narrow[name], value, err_msg=name)
 
 
 def test_passages_that_do_not_fit_are_dropped_worst_first():

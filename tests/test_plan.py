@@ -122,6 +122,15 @@ def test_the_table_says_what_is_estimated(made: plan.Plan, capsys: pytest.Captur
     assert "every chip holds all of state.params.generator.embed: 1.000 GiB" in shown
 
 
+def test_evaluation_is_planned_as_wide_as_its_prompts_can_be() -> None:
+    """Three passages of 112, a question of 127 and 16 tokens of answer in 480 slots of the cache; 512 are allowed."""
+    cfg = small()
+    source = programs.evaluate_program(cfg, plan.make_mesh(cfg.mesh, plan.slice_of("v5e:2x2")[1]))
+    text = source.lower(*source.arguments).as_text()
+    layers, rows = 2, cfg.eval.batch_size
+    assert f"tensor<{layers}x{rows}x480x2x128xbf16>" in text and f"tensor<{layers}x{rows}x512x2x128xbf16>" not in text
+
+
 def test_what_does_not_fit_names_a_knob(made: plan.Plan) -> None:
     """The compiler's refusal is a plan too: what it would take, no times, and settings to turn."""
     cfg = small(batch_size=8)

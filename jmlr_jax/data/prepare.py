@@ -39,12 +39,14 @@ from jmlr_jax.data.tokenizers import (
     train_generator_tokenizer,
     train_retriever_tokenizer,
 )
-from jmlr_jax.files import digest
+from jmlr_jax.files import digest, local_path
 
 TRAINING_TEXTS = 100_000  # texts a tokenizer is trained on at most, evenly spread over the corpus
 
 
-def prepare(cfg: Config, folder: Path, console: Console | None = None, keep: Path | None = None) -> dict[str, Any]:
+def prepare(
+    cfg: Config, folder: str | Path, console: Console | None = None, keep: Path | None = None
+) -> dict[str, Any]:
     """Writes the data of a configuration and returns the card, the content of ``prepare.json``, written last.
 
     Args:
@@ -60,6 +62,7 @@ def prepare(cfg: Config, folder: Path, console: Console | None = None, keep: Pat
         FileNotFoundError: an input file is not there.
     """
     check_templates(cfg)
+    folder = local_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     card = _prepare_into(cfg, folder, keep)
     (folder / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False))

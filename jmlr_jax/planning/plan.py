@@ -1,7 +1,7 @@
 """``jmlr plan``: does it fit, how long does a step take, what does an epoch cost, asked of the TPU's own compiler.
 
-The programs that training runs (``programs.py``) are compiled from shapes alone, by libtpu, for a slice that need not
-be there. No data, weights or prepared directory are read.
+The programs of a run (``programs.py``) are compiled from shapes alone, by libtpu, for a slice that need not be there.
+No data, weights or prepared directory are read.
 """
 
 from __future__ import annotations
