@@ -8,8 +8,7 @@ import numpy as np
 from indexes import build, clustered
 
 from jmlr_jax.parallel.distributed import gather
-from jmlr_jax.retrieval.saved import SavedIndex, shard_fingerprint, shard_folder
-from jmlr_jax.retrieval.shards import shard_rows
+from jmlr_jax.retrieval.shards import Shards, shard_fingerprint, shard_folder, shard_rows
 
 PASSAGES, QUESTIONS, K = 203, 20, 6
 KINDS = ("exact", "scann")
@@ -33,7 +32,7 @@ def main() -> None:
         index.card = index.card.model_copy(update={"corpus_fingerprint": fingerprint})
         index.save(shard_folder(out / kind, number, count))
         gather("saved")
-        opened = SavedIndex.open(out / kind, "model-a", "corpus-a", PASSAGES)
+        opened = Shards.open(out / kind, "model-a", "corpus-a", PASSAGES)
         found[f"{kind}/held"] = np.array([len(shard) for shard, _ in opened.held])
         found[f"{kind}/rows"], found[f"{kind}/scores"] = opened.search(q, K)
         found[f"{kind}/filtered"], _ = opened.search(q, K, allowed_rows())

@@ -1,7 +1,5 @@
 """Candidate tables: built, random, mixed, compared."""
 
-import doctest
-
 import numpy as np
 import pytest
 
@@ -24,10 +22,6 @@ def data():
     return TokenVectors(unit(rng, 50, 6, 8).astype(np.float16), np.ones((50, 6), bool)), unit(rng, 23, 4, 8)
 
 
-def test_docstrings():
-    assert doctest.testmod(candidates) == (0, 5)
-
-
 @pytest.mark.parametrize("chunk", [1, 10, 2048])
 def test_table_is_the_search_in_order(data, chunk, monkeypatch):
     """However the questions are cut into batches and searches."""
@@ -36,14 +30,14 @@ def test_table_is_the_search_in_order(data, chunk, monkeypatch):
     index = ExactIndex(vectors)
     want, _ = index.search(q, 7)
     for cuts in ([], [5], [9, 10, 22]):
-        np.testing.assert_array_equal(build_table(index, np.split(q, cuts), 23, 7)[0], want)
+        np.testing.assert_array_equal(build_table(index.search, np.split(q, cuts), 23, 7)[0], want)
 
 
 def test_table_is_deterministic(data):
     """A saved searcher is asked twice; training is not repeated."""
     vectors, q = data
     index = ScannIndex.build([vectors], vectors, len(vectors), IndexConfig(fde_final=256, rerank=20, bits=16), seed=0)
-    one, two = (build_table(index, [q], 23, 60)[0] for _ in range(2))
+    one, two = (build_table(index.search, [q], 23, 60)[0] for _ in range(2))
     assert one.dtype == np.int32 and one.shape == (23, 60)
     np.testing.assert_array_equal(one, two)
     assert np.all(one[:, 50:] == -1) and all(sorted(row[:50]) == list(range(50)) for row in one)
@@ -53,7 +47,7 @@ def test_table_is_deterministic(data):
 def test_table_of_another_size_is_refused(data, questions):
     vectors, q = data
     with pytest.raises(ValueError, match=f"{questions}"):
-        build_table(ExactIndex(vectors), [q], questions, 3)
+        build_table(ExactIndex(vectors).search, [q], questions, 3)
 
 
 def test_random_table_is_uniform_without_repeats():

@@ -1,6 +1,5 @@
 """The token code: what it keeps, what it costs, and that scoring coded tokens is scoring decoded ones."""
 
-import doctest
 import itertools
 
 import jax
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 
 from jmlr_jax.retrieval import code as module
-from jmlr_jax.retrieval import tokens as tokens_module
 from jmlr_jax.retrieval.code import TokenCode, asked, bit_widths, encode_tokens, fit_code, similarity
 from jmlr_jax.retrieval.tokens import TILE, TokenStore, best_of, gather, padded, score_tokens, trimmed
 from jmlr_jax.retrieval.vectors import TokenVectors
@@ -52,11 +50,6 @@ def tokens():
 
 def coded(code, x):
     return tuple(np.asarray(a) for a in encode_tokens(code, x))
-
-
-def test_docstrings():
-    assert doctest.testmod(module) == (0, 3)
-    assert doctest.testmod(tokens_module) == (0, 2)
 
 
 @pytest.mark.parametrize("bits, bound", [(1, 0.25), (2, 0.12), (3, 0.05), (4, 0.02), (8, 0.001)])

@@ -217,7 +217,7 @@ def test_fault_14_fewer_hits_do_not_shift_the_next_question() -> None:
     """Hits lay end to end and were cut every K: one short list misaligned all after it."""
     vectors = np.eye(3, dtype=np.float16)[:, None]
     index = ExactIndex(TokenVectors(vectors, np.ones((3, 1), bool)))
-    table, _ = build_table(index, [np.eye(3, dtype=np.float32)[:, None]], 3, 5)
+    table, _ = build_table(index.search, [np.eye(3, dtype=np.float32)[:, None]], 3, 5)
     assert table.shape == (3, 5) and table[:, 0].tolist() == [0, 1, 2]
     np.testing.assert_array_equal(table[:, 3:], -1)
     assert all(sorted(row) == [0, 1, 2] for row in table[:, :3].tolist())

@@ -1,16 +1,9 @@
 """Reciprocal rank fusion and TREC run files."""
 
-import doctest
-
 import numpy as np
 import pytest
 
-from jmlr_jax.retrieval import fusion
 from jmlr_jax.retrieval.fusion import reciprocal_rank, write_trec
-
-
-def test_docstrings():
-    assert doctest.testmod(fusion) == (0, 3)
 
 
 def test_fusion_is_the_sum_of_reciprocal_ranks():

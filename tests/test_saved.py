@@ -1,6 +1,5 @@
 """An index saved in shards is asked as one."""
 
-import doctest
 import shutil
 
 import jax
@@ -8,9 +7,8 @@ import numpy as np
 import pytest
 from indexes import build, clustered
 
-from jmlr_jax.retrieval import saved as module
-from jmlr_jax.retrieval.saved import SavedIndex, shard_fingerprint, shard_folder
-from jmlr_jax.retrieval.shards import shard_rows
+from jmlr_jax.retrieval import shards as module
+from jmlr_jax.retrieval.shards import Shards, shard_fingerprint, shard_folder, shard_rows
 from jmlr_jax.retrieval.store import IndexUnusable
 from jmlr_jax.retrieval.tokens import best_of
 
@@ -39,16 +37,12 @@ def three(tmp_path):
     return tmp_path
 
 
-def test_docstrings():
-    assert doctest.testmod(module) == (0, 1)
-
-
 @pytest.mark.parametrize("kind", ["exact", "scann"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_shares_answer_as_the_whole(whole, tmp_path, kind, count):
     """Of ScaNN too, where it scores every passage."""
     save(tmp_path, count, kind)
-    index = SavedIndex.open(tmp_path, *MINE)
+    index = Shards.open(tmp_path, *MINE)
     assert len(index) == PASSAGES and len(index.held) == count
     some, first = np.arange(PASSAGES) % 5 == 2, np.arange(PASSAGES) < 10  # the first: of one shard alone
     for mask, k in ((None, K), (some, K), (some, PASSAGES), (first, K)):
@@ -61,13 +55,12 @@ def test_shares_answer_as_the_whole(whole, tmp_path, kind, count):
 def test_every_shard_is_held_by_one_process(whole, three, monkeypatch, processes):
     """Fewer processes than shards, and more; what they would exchange is put together here."""
     found = []
-    monkeypatch.setattr(module, "best_of_all", best_of)
     monkeypatch.setattr(module, "from_first", lambda act: act())
     monkeypatch.setattr(module, "gather", lambda said: [said])
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     for process in range(processes):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        found.append(SavedIndex.open(three, *MINE).search(Q, K))
+        found.append(Shards.open(three, *MINE).held_best(Q, K))
     row, score = (np.concatenate(list(x), axis=1) for x in zip(*found, strict=True))
     np.testing.assert_array_equal(best_of(row, score, K)[0], whole.search(Q, K)[0])
 
@@ -78,19 +71,19 @@ def test_the_layout_that_fits_is_taken(whole, three):
         shutil.copytree(three / "shard_0_of_3", three / f"shard_{number}_of_2")
     for name in ("shard_x_of_y", "shard_0_of_4", f"shard_0_of_{PASSAGES + 1}"):
         shutil.copytree(three / "shard_0_of_3", three / name)
-    assert len(SavedIndex.open(three, *MINE).held) == 3
+    assert len(Shards.open(three, *MINE).held) == 3
     whole.save(three)
-    assert len(SavedIndex.open(three, *MINE).held) == 1
+    assert len(Shards.open(three, *MINE).held) == 1
 
 
 def test_a_problem_of_one_process_is_told_by_all(three, monkeypatch):
     monkeypatch.setattr(module, "gather", lambda said: [said, "shard 1 is broken"])
     with pytest.raises(IndexUnusable, match="shard 1 is broken"):
-        SavedIndex.open(three, *MINE)
+        Shards.open(three, *MINE)
 
 
 def test_questions_and_masks_of_other_forms_are_refused(three):
-    index = SavedIndex.open(three, *MINE)
+    index = Shards.open(three, *MINE)
     for q, k, mask, said in (
         (Q, K, np.ones(PASSAGES + 1, bool), "mask"),
         (Q, 0, None, "at least one"),
@@ -102,17 +95,17 @@ def test_questions_and_masks_of_other_forms_are_refused(three):
 
 def test_what_cannot_be_used_is_named(three, tmp_path):
     with pytest.raises(IndexUnusable, match="nowhere: no index here"):
-        SavedIndex.open(tmp_path / "nowhere", *MINE)
+        Shards.open(tmp_path / "nowhere", *MINE)
     with pytest.raises(IndexUnusable, match="shard_0_of_3.*another retriever"):
-        SavedIndex.open(three, "model-b", "corpus-a", PASSAGES)
+        Shards.open(three, "model-b", "corpus-a", PASSAGES)
     with pytest.raises(IndexUnusable, match="shard_0_of_3.*another corpus"):
-        SavedIndex.open(three, "model-a", "corpus-b", PASSAGES)
+        Shards.open(three, "model-a", "corpus-b", PASSAGES)
     with pytest.raises(IndexUnusable, match="shard_0_of_3.*another corpus"):
-        SavedIndex.open(three, "model-a", "corpus-a", PASSAGES + 1)
+        Shards.open(three, "model-a", "corpus-a", PASSAGES + 1)
     file = next((three / "shard_1_of_3").glob("data-*/keep.npy"))
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(IndexUnusable, match="shard_1_of_3.*bytes"):
-        SavedIndex.open(three, *MINE)
+        Shards.open(three, *MINE)
     shutil.rmtree(three / "shard_2_of_3")
     with pytest.raises(IndexUnusable, match="shard_2_of_3: no index here"):
-        SavedIndex.open(three, *MINE)
+        Shards.open(three, *MINE)

@@ -1,6 +1,5 @@
 """MaxSim, min-max and sampling (METHOD steps 1 to 3; faults 4, 7, 10 and 14 of the released code)."""
 
-import doctest
 import itertools
 
 import jax
@@ -19,11 +18,6 @@ def unit(rng, *shape):
 def loop_maxsim(q, p, keep):
     """One question, one passage, written as in the paper."""
     return sum(max(float(t @ s) for s, k in zip(p, keep, strict=True) if k) for t in q)
-
-
-def test_docstrings():
-    result = doctest.testmod(scoring)
-    assert result.attempted >= 8 and result.failed == 0
 
 
 def test_maxsim_equals_the_loop():

@@ -1,7 +1,5 @@
 """`jmlr search`: a run's own retriever asked in words."""
 
-import doctest
-
 import jax
 import numpy as np
 import pytest
@@ -35,10 +33,6 @@ def run(tiny_data, tmp_path_factory, patch):
 def engine(run):
     with jax.set_mesh(run.mesh):
         yield Engine(run)
-
-
-def test_docstrings():
-    assert doctest.testmod(module) == (0, 2)
 
 
 def test_a_question_finds_what_its_prepared_row_finds(engine):

@@ -1,6 +1,5 @@
 """Shards of an index over two real processes answer as one index does."""
 
-import doctest
 import os
 import socket
 import subprocess
@@ -12,14 +11,9 @@ import pytest
 from indexes import build, clustered
 from sharded_search import KINDS, PASSAGES, QUESTIONS, K, allowed_rows
 
-from jmlr_jax.retrieval import shards
 from jmlr_jax.retrieval.shards import shard_rows
 
 HERE = Path(__file__).parent
-
-
-def test_docstrings():
-    assert doctest.testmod(shards) == (0, 1)
 
 
 @pytest.mark.parametrize("passages, processes", [(203, 4), (8, 8), (9, 2)])

@@ -25,7 +25,7 @@ from jmlr_jax.parallel.progress import track
 from jmlr_jax.retrieval.candidates import SEARCH_CHUNK
 from jmlr_jax.retrieval.encode import encode_passages_batched, encode_queries_batched
 from jmlr_jax.retrieval.fusion import reciprocal_rank, write_trec
-from jmlr_jax.retrieval.saved import SavedIndex
+from jmlr_jax.retrieval.shards import Shards
 from jmlr_jax.retrieval.store import params_fingerprint
 from jmlr_jax.run.index import index_home
 from jmlr_jax.run.open import Run
@@ -80,7 +80,7 @@ class Engine:
         self.retriever: Any = retriever_of(run, None if name == INITIAL else name)
         fingerprint = params_fingerprint(jax.device_get(self.retriever))
         corpus = run.fingerprints["passages"]
-        self.index = SavedIndex.open(index_home(run, name), fingerprint, corpus, len(run.prepared.passages))
+        self.index = Shards.open(index_home(run, name), fingerprint, corpus, len(run.prepared.passages))
         self.prompts = Prompts(run.cfg.retriever, run.cfg.generator)
         self._tokenizer = encoder(load_tokenizer(run.prepared.tokenizer_dir("retriever")))
 

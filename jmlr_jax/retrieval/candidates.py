@@ -6,22 +6,22 @@ deterministic as its tables. Gold passages appear only in :func:`recall`, a metr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from jmlr_jax.retrieval.vectors import Searcher
+Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
 SEARCH_CHUNK = 2048  # questions searched at once: an exact index moves its corpus to the device once per search
 
 
 def build_table(
-    index: Searcher, query_batches: Iterable[np.ndarray], questions: int, k: int
+    search: Search, query_batches: Iterable[np.ndarray], questions: int, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best passages of every question, with their scores.
 
     Args:
-      index: an index over the corpus.
+      search: of an index over the corpus, ``(q_NxQxC, k)`` to rows and scores.
       query_batches: float [n, Q, C] pieces in question order, as ``retrieval.encode.encode_queries_batched`` yields
         them (what it shows of its progress then covers the searches as well).
       questions: N, how many the pieces hold in all.
@@ -43,7 +43,7 @@ def build_table(
             if done + waiting > questions:
                 raise ValueError(f"more than {questions} encoded questions for a table of {questions} rows")
             where = slice(done, done + waiting)
-            table_NxK[where], score_NxK[where] = index.search(np.concatenate(pieces), k)
+            table_NxK[where], score_NxK[where] = search(np.concatenate(pieces), k)
             done, waiting = done + waiting, 0
             pieces.clear()
 

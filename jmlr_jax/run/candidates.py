@@ -34,7 +34,7 @@ def fixed_table(run: Run, source: PassageSource, split: str, k: int, retriever: 
     if source == "none":
         return np.full((count, k), -1, np.int32)
     if source == "random":
-        return random_table(count, passages, k, seed=_seed(run, split, "random"))
+        return random_table(count, passages, k, seed=run.seed("random passages", split))
     if source == "bm25":
         return bm25_table(run, split, k)
     return retrieve(run, retriever_index(run, retriever), retriever, split, np.arange(count), k)
@@ -209,16 +209,10 @@ class Candidates:
         if lexical is not None:
             parts["bm25"] = lexical[rows], train.mix.bm25
         if train.mix.random:
-            seed = _seed(self.run, split, "mixture", step)
+            seed = self.run.seed("candidates", split, "random", step)
             passages = len(self.run.prepared.passages)
             parts["random"] = random_table(len(rows), passages, 2 * train.candidates, seed), train.mix.random
-        return mixed_table(parts, train.candidates, _seed(self.run, split, "order", step))
+        return mixed_table(parts, train.candidates, self.run.seed("candidates", split, "order", step))
 
     def _file(self, step: int) -> Path:
         return self.folder / f"step_{step:07d}.npz"
-
-
-def _seed(run: Run, *what: Any) -> int:
-    """A seed of its own for each purpose, the same on every machine."""
-    text = "/".join(str(x) for x in (run.cfg.seed, *what))
-    return int.from_bytes(text.encode(), "little") % (2**31 - 1)

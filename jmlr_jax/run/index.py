@@ -15,8 +15,7 @@ from jmlr_jax.parallel.placement import local_mesh
 from jmlr_jax.retrieval.build import build_index, changed_fraction, update_index
 from jmlr_jax.retrieval.candidates import build_table
 from jmlr_jax.retrieval.encode import encode_passages_batched, encode_queries_batched
-from jmlr_jax.retrieval.saved import shard_fingerprint, shard_folder
-from jmlr_jax.retrieval.shards import best_of_all, shard_rows
+from jmlr_jax.retrieval.shards import Shards, best_of_all, shard_fingerprint, shard_folder, shard_rows
 from jmlr_jax.retrieval.store import Index, IndexUnusable, open_index, params_fingerprint, passage_digests
 from jmlr_jax.retrieval.vectors import TokenVectors, drawn_rows
 from jmlr_jax.run.artifact import RECORD, Recipe
@@ -37,7 +36,7 @@ def index_folder(run: Run, name: str) -> Path:
     return shard_folder(index_home(run, name), jax.process_index(), jax.process_count())
 
 
-def retriever_index(run: Run, retriever: Any, keep: bool = False) -> Index:
+def retriever_index(run: Run, retriever: Any, keep: bool = False) -> Shards:
     """An index of the corpus as this retriever encodes it; one that was saved by an equal recipe is opened.
 
     One of an equal recipe but for the corpus is brought up to date where not too much has changed: only passages that
@@ -64,6 +63,9 @@ def retriever_index(run: Run, retriever: Any, keep: bool = False) -> Index:
             mesh=local_mesh(run.mesh),
         )
 
+    def own(index: Index) -> Shards:
+        return Shards([(passages, index)], len(run.prepared.passages))
+
     model = params_fingerprint(jax.device_get(retriever))
     for folder, same_corpus in _saved(run, model):
         try:
@@ -71,17 +73,17 @@ def retriever_index(run: Run, retriever: Any, keep: bool = False) -> Index:
         except IndexUnusable:
             continue  # damaged; `jmlr search` says so
         if same_corpus:
-            return index
+            return own(index)
         digests = _digests(run, passages)
         if changed_fraction(index, digests) <= UPDATE_BELOW:
             with _alone(run):
-                return update_index(index, digests, encode_rows, corpus_fingerprint=corpus)
+                return own(update_index(index, digests, encode_rows, corpus_fingerprint=corpus))
     cfg, prepared = run.cfg, run.prepared
     with _alone(run):
         # Drawn: files are often sorted by source or kind, and an index tuned on one kind finds less for the others.
-        rows = drawn_rows(len(prepared.questions("train")), cfg.index.oracle_queries, cfg.seed)
+        rows = drawn_rows(len(prepared.questions("train")), cfg.index.oracle_queries, run.seed("questions that tune"))
         asked = list(query_vectors(run, retriever, "train", rows))
-        return build_index(
+        made = build_index(
             encode_rows,
             len(passages),
             cfg.index,
@@ -89,9 +91,10 @@ def retriever_index(run: Run, retriever: Any, keep: bool = False) -> Index:
             corpus_fingerprint=corpus,
             sample_q_NxQxC=np.concatenate(asked) if asked else np.zeros((0, 1, run.retriever.dim), np.float32),
             ann_recall_at=(cfg.train.candidates,),
-            seed=cfg.seed,
+            seed=run.seed("index"),
             digests_Nx16=_digests(run, passages) if keep else None,
         )
+    return own(made)
 
 
 def _saved(run: Run, model: str) -> list[tuple[Path, bool]]:
@@ -119,7 +122,7 @@ def keep_index(run: Run, name: str, retriever: Any, said: Callable[[str], object
     differ = None if made is None else recipe.differences(made)
     for line in differ or ():
         said(f"{folder}: made again, {line}")
-    index = retriever_index(run, retriever, keep=True)
+    ((_, index),) = retriever_index(run, retriever, keep=True).held
     if differ != [] or not index.card.state.name:
         (folder / RECORD).unlink(missing_ok=True)  # until the new one is whole, none is found by its recipe
         index.save(folder)
@@ -176,12 +179,11 @@ def query_vectors(run: Run, retriever: Any, split: str, rows: np.ndarray) -> Any
 
 
 def search(
-    run: Run, index: Index, retriever: Any, split: str, rows: np.ndarray, k: int
+    run: Run, index: Shards, retriever: Any, split: str, rows: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k best passages of these questions in the index of this process: corpus rows int32 [n, k], and scores."""
+    """The k best passages of these questions in the shards of this process: corpus rows int32 [n, k], and scores."""
     with _alone(run):
-        table, score = build_table(index, query_vectors(run, retriever, split, rows), len(rows), k)
-    return np.where(table < 0, -1, table + _shard(run)[0].start).astype(np.int32), score
+        return build_table(index.held_best, query_vectors(run, retriever, split, rows), len(rows), k)
 
 
 def merged(row_nxK: np.ndarray, score_nxK: np.ndarray) -> np.ndarray:
@@ -189,6 +191,6 @@ def merged(row_nxK: np.ndarray, score_nxK: np.ndarray) -> np.ndarray:
     return best_of_all(row_nxK, score_nxK, row_nxK.shape[1])[0]
 
 
-def retrieve(run: Run, index: Index, retriever: Any, split: str, rows: np.ndarray, k: int) -> np.ndarray:
+def retrieve(run: Run, index: Shards, retriever: Any, split: str, rows: np.ndarray, k: int) -> np.ndarray:
     """The k best passages of the corpus for these questions, int32 [n, k], best first; a collective."""
     return merged(*search(run, index, retriever, split, rows, k))

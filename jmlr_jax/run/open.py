@@ -33,6 +33,7 @@ from jmlr_jax.retrieval.bm25 import BM25
 from jmlr_jax.retrieval.vectors import drawn_rows
 from jmlr_jax.run.artifact import ArtifactError, Recipe, refuse
 from jmlr_jax.run.recipes import data_recipe
+from jmlr_jax.seeds import derived
 
 Weights = dict[str, Any]
 
@@ -67,6 +68,13 @@ class Run:
             )
         return cls(cfg, directory, Prepared.open(directory / "data"), make_mesh(cfg.mesh))
 
+    def seed(self, *purpose: str | int) -> int:
+        """The run's seed for one purpose; see :func:`jmlr_jax.seeds.derived`."""
+        return derived(self.cfg.seed, *purpose)
+
+    def _key(self, purpose: str) -> jax.Array:
+        return jax.random.key(self.seed("first weights", purpose))
+
     @property
     def fingerprints(self) -> dict[str, str]:
         """Digests of the prepared data, by name, for recipes."""
@@ -94,7 +102,7 @@ class Run:
 
         Drawn: files are often sorted by source or kind, and the first of them would speak for one kind.
         """
-        return drawn_rows(len(self.prepared.questions("dev")), self.cfg.train.dev_questions, self.cfg.seed)
+        return drawn_rows(len(self.prepared.questions("dev")), self.cfg.train.dev_questions, self.seed("dev questions"))
 
     def initial_weights(self) -> Weights:
         """``retriever``, ``generator`` and, under adapters, ``base``, placed on the mesh.
@@ -110,17 +118,16 @@ class Run:
         """
         retriever = self.retriever
         assert retriever.lora is not None
-        key = jax.random.split(jax.random.key(self.cfg.seed), 5)[4]  # the first four: see `_initial`
         with jax.set_mesh(self.mesh):
-            made = lora.init_lora(retriever.lora, retriever, key)
+            made = lora.init_lora(retriever.lora, retriever, self._key("adapters of the retriever"))
             return jax.device_put(made, shardings(self.mesh, lora.lora_axes(retriever.lora, retriever), made))
 
     @cached_property
     def _initial(self) -> tuple[RetrieverConfig, LlamaConfig, Weights]:
         """Shapes and weights before any training, from Hugging Face directories or from the seed alone."""
         cfg, mesh, ids = self.cfg, self.mesh, self.prepared
-        retriever_key, generator_key, copy_key, lora_key = jax.random.split(jax.random.key(cfg.seed), 4)
         weights: Weights = {}
+        retriever_key = self._key("retriever")
         with jax.set_mesh(mesh):
             if cfg.retriever.source == "scratch":
                 bert = cfg.retriever.bert.model_copy(update={"vocab_size": ids.retriever_ids.vocab_size})
@@ -134,8 +141,8 @@ class Run:
                 lora.abstract_lora(retriever.lora, retriever)  # a wrong name is told before anything trains
             if cfg.generator.source == "scratch":
                 llama = cfg.generator.llama.model_copy(update={"vocab_size": ids.generator_ids.vocab_size})
-                base = init_llama(llama, generator_key)
-                base = favour_copying(base, llama, cfg.generator.copy_init, copy_key)
+                base = init_llama(llama, self._key("generator"))
+                base = favour_copying(base, llama, cfg.generator.copy_init, self._key("copying heads"))
             else:
                 llama, base = load_generator(
                     cfg.generator.source, cfg.generator.llama, mesh, tokens=ids.generator_ids.vocab_size
@@ -144,7 +151,7 @@ class Run:
                 weights["generator"] = base
             else:
                 weights["base"] = base
-                weights["generator"] = lora.init_lora(cfg.generator.lora, llama, lora_key)
+                weights["generator"] = lora.init_lora(cfg.generator.lora, llama, self._key("adapters of the generator"))
         return retriever, llama, jax.device_put(weights, self.shardings_of(weights, retriever, llama))
 
     def shardings_of(self, weights: Weights, retriever: RetrieverConfig, llama: LlamaConfig) -> Weights:

@@ -149,7 +149,7 @@ def _build(run: Run, phase: Phase, folder: Path, console: Console) -> Loop:
         return assemble(prepared, "train", rows[held], table[rows[held]])
 
     return Loop(
-        state=program.start(params, key=jax.random.PRNGKey(run.cfg.seed)),
+        state=program.start(params, key=jax.random.PRNGKey(run.seed("steps"))),
         frozen=frozen | {"skip_V": jax.numpy.asarray(prepared.skip_V)},
         step=program.step,
         dev=program.dev,
@@ -160,7 +160,7 @@ def _build(run: Run, phase: Phase, folder: Path, console: Console) -> Loop:
 
 
 def _stream(run: Run) -> Any:
-    return question_stream(len(run.prepared.questions("train")), run.cfg.train.batch_size, run.cfg.seed)
+    return question_stream(len(run.prepared.questions("train")), run.cfg.train.batch_size, run.seed("questions"))
 
 
 def _refresh(run: Run, loop: Loop, stream: Any, step: int) -> None:

@@ -25,14 +25,14 @@ class ReadingLessons:
         self.run = run
         self.distant = bm25_table(run, "train", run.cfg.train.warmup.distant_depth, with_answer=True)
         parts = {source: (fixed_table(run, source, "train", OTHERS), OTHERS // 2) for source in ("bm25", "random")}
-        self.others = mixed_table(parts, OTHERS, run.cfg.seed)
+        self.others = mixed_table(parts, OTHERS, run.seed("lessons"))
 
     def batch(self, step: int, rows: np.ndarray, held: np.ndarray) -> Batch:
         """The rows `held` of the batch of a step; equal for equal seed, step and rows.
 
         All draws are for the whole batch, so that it does not depend on who makes which part of it.
         """
-        rng = np.random.default_rng((self.run.cfg.seed, step))
+        rng = np.random.default_rng(self.run.seed("lessons", step))
         near = self._pick(rng, self.distant[rows])
         other = self._pick(rng, self.others[rows])
         table_Bx1 = np.where(rng.random(len(rows)) < self._distant_probability(step), near, other)[:, None]
