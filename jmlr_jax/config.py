@@ -148,7 +148,7 @@ class EncoderLoraConfig(AdapterConfig):
 
 
 class RetrieverConfig(ModelConfig):
-    """The late-interaction encoder and how text becomes its tokens (METHOD step 1)."""
+    """The late-interaction encoder and how text becomes its tokens (method.md, step 1)."""
 
     source: ReadPath = Field(
         "scratch", description="'scratch' (random weights of shape `bert`) or a Hugging Face directory"
@@ -156,7 +156,7 @@ class RetrieverConfig(ModelConfig):
     tokenizer: LocalPath | None = Field(None, description=TOKENIZER)
     tokenizer_vocab: PositiveInt = Field(4096, description="size of the tokenizer that 'train' makes")
     bert: BertConfig = BertConfig()
-    lora: EncoderLoraConfig | None = Field(None, description="null trains every weight, as METHOD does")
+    lora: EncoderLoraConfig | None = Field(None, description="null trains every weight, as the paper does")
     dim: PositiveInt = Field(32, description="C: width of a token vector (128 in the paper)")
     query_length: PositiveInt = Field(13, description="Q: query tokens, markers and augmentation included")
     passage_length: PositiveInt = Field(28, description="P: passage tokens, markers included")
@@ -170,7 +170,7 @@ class RetrieverConfig(ModelConfig):
 
 
 class LoraConfig(AdapterConfig):
-    """Low-rank adapters on the decoder's projections; the defaults are METHOD.md's."""
+    """Low-rank adapters on the decoder's projections; the defaults are the paper's."""
 
     rank: PositiveInt = 128
     alpha: float = 256.0
@@ -326,7 +326,7 @@ class MixConfig(Strict):
 
 
 class TrainConfig(Strict):
-    """The joint step and the loop around it (METHOD 'One training step')."""
+    """The joint step and the loop around it (method.md, One training step)."""
 
     steps: PositiveInt = 400
     batch_size: PositiveInt = Field(32, description="B: questions a step, over all devices")

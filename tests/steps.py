@@ -1,4 +1,4 @@
-"""A joint step small enough for a test, on random tokens, and METHOD's loss computed slowly, one question at a time."""
+"""A joint step small enough for a test, on random tokens, and its loss computed slowly, one question at a time."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _vectors(retriever: Any, query_Q: jax.Array, q: jax.Array, passages_KxP: jax
 
 
 def slow_loss(made: StepSpec, halves: dict[str, Any], of: dict[str, np.ndarray], row: int) -> dict[str, float]:
-    """METHOD steps 1 to 6 for one question in plain Python over lists of tokens."""
+    """method.md, steps 1 to 6 for one question in plain Python over lists of tokens."""
     b = {name: x[row] for name, x in of.items()}
     query = b["query_ids_BxQ"], b["query_len_B"], b["passage_ids_BxKxP"], b["passage_len_BxK"]
     q, p = (np.asarray(x, np.float64) for x in _vectors(halves["retriever"], *query))

@@ -1,4 +1,4 @@
-"""One test for each fault of the released PyTorch code that METHOD.md lists: this code does not have it."""
+"""One test for each fault of the released PyTorch code that docs/method.md lists: this code does not have it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses against brute force in plain numpy, their gradients, and METHOD fault 5 (ties, divisor)."""
+"""Losses against brute force in plain numpy, their gradients, and method.md, fault 5 (ties, divisor)."""
 
 import doctest
 

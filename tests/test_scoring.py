@@ -1,4 +1,4 @@
-"""MaxSim, min-max and sampling (METHOD steps 1 to 3; faults 4, 7, 10 and 14 of the released code)."""
+"""MaxSim, min-max and sampling (method.md, steps 1 to 3; faults 4, 7, 10 and 14 of the released code)."""
 
 import itertools
 

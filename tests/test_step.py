@@ -1,4 +1,4 @@
-"""The joint step against METHOD computed question by question, and what the compiled step promises."""
+"""The joint step against the method computed question by question, and what the compiled step promises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well an arm answers: by option likelihood and by generation, always both, with intervals (METHOD, Evaluation).
+"""How well an arm answers: by option likelihood and by generation, always both, with intervals (method.md, Evaluation).
 
 Every question is read once with its passages and once without. The prompt's keys and values are computed once and
 shared by the right answer and all options, each of which then costs its own few tokens only.

@@ -215,7 +215,7 @@ def parse_answer(text: str, options: Sequence[str]) -> int | None:
     Read are an option's own text in any case, alone or inside a sentence (the longest where options contain one
     another), and its letter: alone (``B``, ``b)``, ``(B)``, ``B.``), in front (``B) aspirin``), in parentheses, or
     after a phrase such as ``answer:``, ``the answer is`` or ``option``. A capital that merely starts a sentence
-    ("A patient ...") is not a letter. Any text is accepted, the empty one included (METHOD fault 13).
+    ("A patient ...") is not a letter. Any text is accepted, the empty one included (method.md, fault 13).
 
     >>> options = ("aspirin", "low-dose aspirin", "heparin", "none of these")
     >>> [parse_answer(t, options) for t in ("b", "Answer: C.", "Low-dose Aspirin", "It must be heparin.", "", "A or B")]

@@ -1,4 +1,4 @@
-"""Losses of the joint step (METHOD steps 4 to 6), as pure functions of arrays.
+"""Losses of the joint step (method.md, steps 4 to 6), as pure functions of arrays.
 
 ``answer_nll`` is what the generator minimises and what judges passages. The rank losses turn those
 judgements into a loss on the retriever's scores. All of them treat the judgement ``nll_BxM`` as data:
@@ -21,7 +21,7 @@ RankLoss = Callable[[Array, Array, Array], Array]
 
 
 def answer_nll(logits_AxV: Array, answer_A: Array, length: Array) -> Array:
-    """Mean negative log-likelihood over the answer's tokens (METHOD step 4).
+    """Mean negative log-likelihood over the answer's tokens (method.md, step 4).
 
     Leading axes, if any, are the same for all three arguments.
 
@@ -58,7 +58,7 @@ def answer_token_logp(logits_AxV: Array, answer_A: Array) -> Array:
 
 
 def llm_rank_loss(score_BxM: Array, nll_BxM: Array, taken_BxM: Array, margin: float = 0.0) -> Array:
-    """LLM-Rank, the paper's loss (METHOD step 5): pairwise logistic loss against the generator's order.
+    """LLM-Rank, the paper's loss (method.md, step 5): pairwise logistic loss against the generator's order.
 
     For each pair i < j of taken passages the logit is ``s_i - s_j`` and the label says whether passage i has
     the lower nll. Pairs with equal nll carry no weight; the mean is over the others. Every pair weighs the same,

@@ -55,7 +55,7 @@ def reading_width(batch: dict[str, Array], max_length: int, answer: int) -> int:
 def read_prompt(
     batch: dict[str, Array], *, total: int, bos_id: int, pad_id: int, answer: Piece | None = None
 ) -> tuple[Array, Array, Array]:
-    """Prompt of METHOD step 6: BOS, passages worst first and best last, question, and the answer if given.
+    """Prompt of method.md, step 6: BOS, passages worst first and best last, question, and the answer if given.
 
     Args:
       batch: ``reader_ids_BxKxL reader_len_BxK`` (best first, length 0 where there is none), ``question_ids_BxS

@@ -1,4 +1,4 @@
-"""Retrieval scores and the choice of passages: METHOD steps 1 to 3, pure ``jax.numpy``, static shapes.
+"""Retrieval scores and the choice of passages: method.md, steps 1 to 3, pure ``jax.numpy``, static shapes.
 
 Letters: B questions, K candidates, M sampled, N read, Q query tokens, P passage tokens, C vector width.
 A candidate that does not exist (-1 in the candidate table) is False in ``valid_BxK`` and can never be chosen
@@ -16,7 +16,7 @@ MASKED_SIMILARITY = -1e9
 
 
 def maxsim(q_BxQxC: Array, p_BxKxPxC: Array, keep_BxKxP: Array, query_keep_BxQ: Array | None = None) -> Array:
-    """Late-interaction score of every candidate: ``sum_q max_p <q, p>`` (METHOD step 1; ColBERT).
+    """Late-interaction score of every candidate: ``sum_q max_p <q, p>`` (method.md, step 1; ColBERT).
 
     Args:
       q_BxQxC: query token vectors, any float dtype.
@@ -45,7 +45,7 @@ def maxsim(q_BxQxC: Array, p_BxKxPxC: Array, keep_BxKxP: Array, query_keep_BxQ: 
 
 
 def minmax(score_BxK: Array, valid_BxK: Array) -> Array:
-    """Scores of each question's valid candidates stretched to [-1, 1] (METHOD step 2).
+    """Scores of each question's valid candidates stretched to [-1, 1] (method.md, step 2).
 
     Scores that differ by no more than float32 rounding count as equal: such a question gets zeros, and its
     gradient is zero rather than 0/0. Invalid candidates get 0.
@@ -77,7 +77,7 @@ def minmax(score_BxK: Array, valid_BxK: Array) -> Array:
 
 
 def top(score_BxK: Array, valid_BxK: Array, n: int) -> tuple[Array, Array]:
-    """The n best-scored valid candidates, best first; equal scores keep their order (METHOD step 6).
+    """The n best-scored valid candidates, best first; equal scores keep their order (method.md, step 6).
 
     Returns:
       index_BxN int32 in [0, K), and taken_BxN bool, False where a question has fewer than n valid candidates.
@@ -98,7 +98,7 @@ def top(score_BxK: Array, valid_BxK: Array, n: int) -> tuple[Array, Array]:
 
 
 def sample(score_BxK: Array, valid_BxK: Array, gumbel_BxK: Array, m: int) -> tuple[Array, Array]:
-    """M candidates without replacement, with probability ``softmax(score)`` over the valid ones (METHOD step 3).
+    """M candidates without replacement, with probability ``softmax(score)`` over the valid ones (method.md, step 3).
 
     Adding standard Gumbel noise and keeping the M largest draws exactly this distribution with static shapes
     (Kool, van Hoof and Welling, arXiv 1903.06059).

@@ -1,4 +1,4 @@
-"""The joint training step (METHOD 'One training step'), a pure function compiled once.
+"""The joint training step (method.md, One training step), a pure function compiled once.
 
 What the step is made of stands above it, each piece small enough to hold against the paper; the step itself puts them
 together, accumulates over microbatches of questions and applies one update to both halves.
@@ -39,8 +39,8 @@ class StepSpec:
     Attributes:
       retriever, llama: shapes of the two models, vocabulary sizes resolved; the former with its adapters.
       lora: adapters on the generator; None trains all of it.
-      rank: whether the retriever learns (METHOD steps 1 to 5). Without it the first N passages of the table are read.
-      read: whether the generator learns (METHOD step 6).
+      rank: whether the retriever learns (method.md, steps 1 to 5); without it the first N of the table are read.
+      read: whether the generator learns (method.md, step 6).
       sampled: M, how many passages are judged.
       passages: N, how many passages are read.
       rank_loss, tie_margin, rank_weight: as in ``TrainConfig``.
@@ -77,7 +77,7 @@ def live_retriever(cfg: RetrieverConfig, weights: Weights) -> Weights:
 
 @jax.named_scope("encode")  # the names of the parts in profiles and plans
 def candidate_scores(spec: StepSpec, weights: Weights, batch: Batch) -> Array:
-    """METHOD steps 1 and 2: normalised MaxSim of the live retriever, ``score_BxK`` float32 in [-1, 1]."""
+    """method.md, steps 1 and 2: normalised MaxSim of the live retriever, ``score_BxK`` float32 in [-1, 1]."""
     B, K, P = batch["passage_ids_BxKxP"].shape
     retriever = live_retriever(spec.retriever, weights)
     q_BxQxC = encode_queries(retriever, spec.retriever, batch["query_ids_BxQ"], batch["query_len_B"])
@@ -98,12 +98,12 @@ def choose(batch: Batch, index_BxN: Array, taken_BxN: Array) -> Batch:
 def answer_losses(
     spec: StepSpec, weights: Weights, batch: Batch, dropout_key: Array | None
 ) -> tuple[Array, dict[str, Array]]:
-    """METHOD steps 4 and 6: mean answer loss of each question after all the passages of the batch.
+    """method.md, steps 4 and 6: mean answer loss of each question after all the passages of the batch.
 
     Args:
       weights: ``generator``, and ``base`` under adapters.
       batch: ``reader_ids_BxKxL`` best first; the prompt has the worst first.
-      dropout_key: None turns dropout off, as judging needs it (METHOD fault 6).
+      dropout_key: None turns dropout off, as judging needs it (method.md, fault 6).
 
     Returns:
       nll_B float32, nats per token, and what the prompts held: ``tokens`` and ``dropped`` passages.
@@ -127,7 +127,7 @@ def answer_losses(
 
 @jax.named_scope("judge")
 def judge(spec: StepSpec, weights: Weights, batch: Batch, index_BxM: Array, taken_BxM: Array) -> Array:
-    """METHOD step 4: answer loss ``nll_BxM`` after each sampled passage alone. No gradient, dropout off.
+    """method.md, step 4: answer loss ``nll_BxM`` after each sampled passage alone. No gradient, dropout off.
 
     Adapters are added to the base first, once for all B x M prompts: without gradient and dropout that is the same, and
     it saves their products and a pass over the activations for each.
@@ -145,7 +145,7 @@ def judge(spec: StepSpec, weights: Weights, batch: Batch, index_BxM: Array, take
 
 
 def passages_to_read(spec: StepSpec, batch: Batch, score_BxK: Array | None) -> Batch:
-    """METHOD step 6: the N best-scored candidates, best first; without scores the first N of the table."""
+    """method.md, step 6: the N best-scored candidates, best first; without scores the first N of the table."""
     valid_BxK = batch["valid_BxK"]
     score_BxK = jnp.zeros(valid_BxK.shape) if score_BxK is None else jax.lax.stop_gradient(score_BxK)
     index_BxN, taken_BxN = top(score_BxK, valid_BxK, max(spec.passages, 1))
@@ -155,7 +155,7 @@ def passages_to_read(spec: StepSpec, batch: Batch, score_BxK: Array | None) -> B
 def joint_loss(
     params: Weights, frozen: Weights, batch: Batch, dropout_key: Array, *, spec: StepSpec
 ) -> tuple[Array, Metrics]:
-    """METHOD steps 1 to 7 on one microbatch: total loss, a mean over questions, and metrics.
+    """method.md, steps 1 to 7 on one microbatch: total loss, a mean over questions, and metrics.
 
     ``batch`` carries ``gumbel_BxK``, drawn for the whole batch so that accumulation does not change the sample.
     """
@@ -235,8 +235,8 @@ def make_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> StepFn
 def _update(
     optimizer: optax.GradientTransformation, params: Weights, opt: Any, grads: Weights
 ) -> tuple[Weights, Any, Metrics, Array]:
-    """METHOD step 7: weights and optimizer after one update, or as they were if it is not finite; gradient norms; and
-    whether it is finite."""
+    """method.md, step 7: weights and optimizer after one update, or as they were if it is not finite; gradient norms;
+    and whether it is finite."""
     norms = {f"grad_norm/{half}": optax.tree.norm(tree) for half, tree in grads.items()}
     good = jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
     updates, new_opt = optimizer.update(grads, opt, params)

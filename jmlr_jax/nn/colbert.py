@@ -12,7 +12,7 @@ from jmlr_jax.nn.layers import fan_in, project, weight
 
 
 class Colbert(nnx.Module):
-    """Encoder of queries and passages into token vectors (METHOD step 1)."""
+    """Encoder of queries and passages into token vectors (method.md, step 1)."""
 
     def __init__(self, cfg: RetrieverConfig, rngs: nnx.Rngs) -> None:
         self.cfg = cfg

@@ -132,7 +132,7 @@ def bert_hidden(params: Params, cfg: BertConfig, ids_BxT: jax.Array, length_B: j
 
 
 def encode_queries(params: Params, cfg: RetrieverConfig, ids_BxQ: jax.Array, length_B: jax.Array) -> jax.Array:
-    """Unit token vectors BxQxC of queries, float32 (METHOD step 1).
+    """Unit token vectors BxQxC of queries, float32 (method.md, step 1).
 
     Args:
         ids_BxQ: int, ``[CLS] [Q] ... [SEP]`` filled up with ``[MASK]`` (cfg.augment_queries) or padding.
@@ -148,7 +148,7 @@ def encode_queries(params: Params, cfg: RetrieverConfig, ids_BxQ: jax.Array, len
 def encode_passages(
     params: Params, cfg: RetrieverConfig, ids_NxP: jax.Array, length_N: jax.Array, skip_V: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Unit token vectors NxPxC of passages, float32, and which of them count (METHOD step 1).
+    """Unit token vectors NxPxC of passages, float32, and which of them count (method.md, step 1).
 
     Args:
         ids_NxP: int, right-padded.

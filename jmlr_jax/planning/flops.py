@@ -1,7 +1,7 @@
 """How much work a step is at least, and what a chip can do: the yardsticks that a plan measures a program by.
 
-The count is that of METHOD's steps 1 to 6 and nothing else: every matrix product once forward and once for each
-gradient that training needs, causal attention over visible pairs only, no rematerialisation, no padding to blocks.
+The count is that of steps 1 to 6 of docs/method.md and nothing else: every matrix product once forward and once for
+each gradient that training needs, causal attention over visible pairs only, no rematerialisation, no padding to blocks.
 Two operations (a multiplication and an addition) for each pair of numbers multiplied.
 """
 
@@ -104,7 +104,7 @@ def prompt_lengths(cfg: Config) -> tuple[int, int]:
 
 
 def step_work(cfg: Config) -> Work:
-    """FLOPs that METHOD needs for one question of a joint step, every row at its full length.
+    """FLOPs that the method needs for one question of a joint step, every row at its full length.
 
     Judging is a forward pass. Reading is a forward pass, the gradients of activations and, of what trains, those of
     weights: all of them in full fine-tuning, under adapters the adapters' own. The same holds for the retriever, whose

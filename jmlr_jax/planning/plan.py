@@ -97,7 +97,7 @@ class Plan:
 
     @property
     def mfu(self) -> float | None:
-        """FLOPs that METHOD needs over those the chips could have done in the time."""
+        """FLOPs that the method needs over those the chips could have done in the time."""
         if self.seconds is None:
             return None
         return self.work.total * self.cfg.train.batch_size / (self.seconds * self.chips * self.chip.peak)

@@ -23,7 +23,7 @@ NOTES = (
     f"Attention kernels have no estimate of the compiler's; theirs is a roofline: products at the chip's peak, then "
     f"{VECTOR_FORWARD} and more vector operations a score, one after the other.",
     "Collectives: bytes over a corner chip's links; those beside other work count as far as they outlast it.",
-    "FLOPs by METHOD: every row at its full length, nothing computed twice, causal attention over visible pairs.",
+    "FLOPs that the method needs: every row at its full length, nothing computed twice, causal attention over visible pairs.",
     f"An epoch is {MEDQA_QUESTIONS:,} questions (MedQA's training set) through the step, without refreshes and "
     "evaluation; dollars are an on-demand price per chip-hour of jmlr_jax/planning/flops.py, an assumption.",
 )
@@ -221,11 +221,11 @@ def _summary_table(plan: Plan) -> Table:
     needed, compiled = plan.work.total * plan.cfg.train.batch_size, estimate.flops * plan.chips
     once = compiled - estimate.recomputed * plan.chips
     table = Table("", "estimated", title="work and cost")
-    table.add_row("TFLOP a step by METHOD", f"{needed / 1e12:,.0f} ({plan.work.total / 1e12:.0f} a question)")
+    table.add_row("TFLOP a step by the method", f"{needed / 1e12:,.0f} ({plan.work.total / 1e12:.0f} a question)")
     table.add_row(
         "TFLOP a step compiled", f"{compiled / 1e12:,.0f}, of which recomputed {(compiled - once) / 1e12:,.0f}"
     )
-    table.add_row("compiled without recomputation / METHOD", f"{once / needed:.2f}")
+    table.add_row("compiled without recomputation / method", f"{once / needed:.2f}")
     table.add_row("model-FLOPs utilisation", f"{plan.mfu:.1%}")
     moved = sum(estimate.collective_bytes.values())
     table.add_row(

@@ -1,4 +1,4 @@
-"""BM25 candidates: the lexical baseline every claim is held against (METHOD "Around the step")."""
+"""BM25 candidates: the lexical baseline every claim is held against (method.md, Around the step)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Candidate tables: for every question the rows of its passages, best first, -1 where there are fewer.
 
-A table is int32 [N, K] (DESIGN "Candidate tables"). Steps read nothing else of the index, so a run is as
+A table is int32 [N, K] (docs/design.md, Candidates). Steps read nothing else of the index, so a run is as
 deterministic as its tables. Gold passages appear only in :func:`recall`, a metric; no table is made from them.
 """
 

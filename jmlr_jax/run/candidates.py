@@ -1,4 +1,4 @@
-"""Candidate tables of a run: made, mixed for training, refreshed beside it (DESIGN "Candidate tables").
+"""Candidate tables of a run: made, mixed for training, refreshed beside it (docs/design.md, Candidates).
 
 A refresh is computed from a copy of the retriever in a thread of its own and written to disk with the fingerprint of
 the weights it came from. A run that was killed finds its file and reads the same table again, so resuming is exact
@@ -202,7 +202,7 @@ class Candidates:
         return made | {"fingerprint": found["fingerprint"]}
 
     def _mixed(self, split: str, retrieved: np.ndarray, rows: np.ndarray, step: int) -> np.ndarray:
-        """Candidates from all three sources, METHOD's K; see ``MixConfig``."""
+        """Candidates from all three sources, the K of the method; see ``MixConfig``."""
         train = self.run.cfg.train
         parts = {"index": (retrieved, train.mix.index)}
         lexical = self._lexical[split]

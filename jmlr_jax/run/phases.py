@@ -1,7 +1,7 @@
 """The arms that are compared, as phases of one training loop that differ only in these few facts.
 
 Every arm starts from the same warmed-up generator and gives it the same number of updates on the same questions; they
-differ in where the passages come from and whether the retriever learns (METHOD, Baselines).
+differ in where the passages come from and whether the retriever learns (method.md, Arms).
 """
 
 from __future__ import annotations

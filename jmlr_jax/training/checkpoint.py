@@ -1,4 +1,4 @@
-"""Checkpoints of everything a resumed run needs to continue bit for bit (DESIGN decision 7), on Orbax.
+"""Checkpoints of everything a resumed run needs to continue bit for bit, on Orbax.
 
 One manager per phase keeps the latest few and the best by dev loss. A checkpoint holds the training state (both
 halves' trained weights and optimizer moments, step, counters, key), the candidate table and the refresh under way, and

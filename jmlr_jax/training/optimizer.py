@@ -1,7 +1,7 @@
-"""Two optimizers in one: each half of the model has its own AdamW, schedule, clipping and decay (METHOD step 7).
+"""Two optimizers in one: each half of the model has its own AdamW, schedule, clipping and decay (method.md, step 7).
 
 Groups are chosen by tree path, and every array must fall into exactly one: the released code of the paper trained
-everything at one rate because its groups were matched by a wrong prefix (METHOD faults 1 and 2).
+everything at one rate because its groups were matched by a wrong prefix (method.md, faults 1 and 2).
 """
 
 from __future__ import annotations
