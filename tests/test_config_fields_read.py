@@ -1,56 +1,108 @@
-"""Every configuration key is read by the code it claims to steer."""
+"""Every configuration key is read by what it steers: reads are traced while small runs go through every stage."""
 
 from __future__ import annotations
 
-import ast
-import re
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
-from typing import get_args
+from functools import partial
+from typing import Any, get_args
 
+import jax
+import jax.numpy as jnp
 import pytest
 from pydantic import BaseModel
+from runs import one_device, tiny_config
 
-from jmlr_jax.config import Config
+from jmlr_jax import config as schema
+from jmlr_jax.commands import pipeline
+from jmlr_jax.config import Config, LlamaConfig, RopeScalingConfig, Strict
+from jmlr_jax.data.sources import read_sources
+from jmlr_jax.nn.functional import abstract_params, llama_hidden
+from jmlr_jax.planning.plan import make_plan
+from jmlr_jax.planning.programs import PlanError
 
-PACKAGE = Path(__file__).resolve().parent.parent / "jmlr_jax"
-NOT_READERS = ("config.py", "config_io.py")
+pytestmark = pytest.mark.usefixtures("quick_compile")
+Read = tuple[str, str]  # class of a section, name of a field
 
 
-def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yields (dotted key, attribute name), sections included."""
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Read]]:
+    """Yields (dotted key, class and field that hold it), sections included."""
     for name, field in model.model_fields.items():
-        yield f"{prefix}{name}", name
+        yield f"{prefix}{name}", (model.__name__, name)
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 yield from _fields(kind, f"{prefix}{name}.")
 
 
-@cache
-def _read_names() -> set[str]:
-    """Names read as an attribute of something other than ``self``, anywhere in the package but the schema."""
-    names: set[str] = set()
-    for file in PACKAGE.rglob("*.py"):
-        if file.name in NOT_READERS:
-            continue
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                if not (isinstance(node.value, ast.Name) and node.value.id == "self"):
-                    names.add(node.attr)
-            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
-                names |= _computed(node.args[1])
-    return names
+@pytest.fixture(scope="module")
+def reads(tmp_path_factory: pytest.TempPathFactory) -> set[Read]:
+    """Fields that were read as attributes outside the schema itself."""
+    found: set[Read] = set()
+    plain = object.__getattribute__
+
+    def traced(self: Strict, name: str) -> Any:
+        if name in type(self).model_fields:
+            # A field of a base class counts for the class it was asked of.
+            found.add((type(self).__name__, name))
+        return plain(self, name)
+
+    configured = {name: tiny_config(tmp_path_factory.mktemp(name)) for name in ("whole", "adapters")}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        one_device(monkeypatch)
+        monkeypatch.setattr(Strict, "__getattribute__", traced, raising=False)
+        _whole(configured["whole"])
+        _adapters(configured["adapters"])
+        _shapes()
+        _files(tmp_path_factory.mktemp("files"))
+        with pytest.raises(PlanError, match="nowhere"):
+            make_plan(Config(mesh=schema.MeshConfig(topology="nowhere:2x2")), None)
+    return found
 
 
-def _computed(name: ast.expr) -> set[str]:
-    """Fields that a getattr with a literal or an f-string can mean: ``getattr(data, f"{split}_path")``."""
-    parts = name.values if isinstance(name, ast.JoinedStr) else [name]
-    pattern = "".join(re.escape(str(p.value)) if isinstance(p, ast.Constant) else r"\w+" for p in parts)
-    fields = {field for _, field in _fields(Config)}
-    return {field for field in fields if pattern != r"\w+" and re.fullmatch(pattern, field)}
+def _changed(cfg: Config, **sections: dict[str, Any]) -> Config:
+    tree = cfg.model_dump()
+    for name, values in sections.items():
+        tree[name] |= values
+    return Config.model_validate(tree)
 
 
-@pytest.mark.parametrize(("key", "name"), sorted(_fields(Config)))
-def test_field_is_read(key: str, name: str) -> None:
-    assert name in _read_names(), f"{key}: nothing in jmlr_jax reads it; use it or remove it"
+SHORT = {"steps": 3, "checkpoint_steps": 3, "refresh_steps": 2, "refresh_delay": 1}
+
+
+def _whole(cfg: Config) -> None:
+    """Every stage with weights that train whole, and the index that is tuned."""
+    train = SHORT | {"warmup": cfg.train.warmup.model_copy(update={"steps": 1}).model_dump()}
+    index = {"kind": "scann"}
+    pipeline.run_all(_changed(cfg, train=train, index=index, eval={"arms": ["jmlr", "frozen"]}), seeds=1)
+
+
+def _adapters(cfg: Config) -> None:
+    """One phase that trains adapters on both halves."""
+    encoder, decoder = {"lora": {"rank": 2}}, {"lora": {"rank": 2, "targets": ["q", "up"]}}
+    pipeline.run_all(_changed(cfg, train=SHORT, retriever=encoder, generator=decoder, eval={"arms": ["jmlr"]}), seeds=1)
+
+
+def _shapes() -> None:
+    """What only some decoders have, by shape alone."""
+    for kind in ("linear", "dynamic", "llama3", "yarn"):
+        scaling = RopeScalingConfig(type=kind, factor=2.0, original_max_positions=8)
+        llama = LlamaConfig(vocab_size=8, rope_scaling=scaling, qkv_bias=True, qk_norm=True, sliding_window=4)
+        tokens, length = jax.ShapeDtypeStruct((1, 16), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+        jax.eval_shape(partial(llama_hidden, cfg=llama), abstract_params(llama), tokens_BxT=tokens, length_B=length)
+
+
+def _files(folder: Any) -> None:
+    """Questions and passages of files, whose paths a run on the embedded world does not read."""
+    question = '{"id": "q", "question": "What?", "options": {"A": "this", "B": "that"}, "answer": "A"}\n'
+    (folder / "q.jsonl").write_text(question)
+    (folder / "p.jsonl").write_text('{"id": "p", "title": "", "text": "a passage"}\n')
+    paths = {"train_path": str(folder / "q.jsonl"), "corpus_path": str(folder / "p.jsonl")}
+    read_sources(Config(data=schema.DataConfig(questions="jsonl", **paths)))
+
+
+@pytest.mark.parametrize(("key", "read"), sorted(_fields(Config)), ids=[key for key, _ in sorted(_fields(Config))])
+def test_field_is_read(reads: set[Read], key: str, read: Read) -> None:
+    assert read in reads, f"{key}: nothing in jmlr_jax reads it; use it or remove it"
+
+
+def test_a_field_that_nobody_reads_is_found(reads: set[Read]) -> None:
+    assert ("TrainConfig", "name that is no field") not in reads and ("TrainConfig", "steps") in reads

@@ -82,7 +82,7 @@ def made() -> plan.Plan:
 
 
 def test_a_plan_by_the_tpu_compiler(made: plan.Plan) -> None:
-    """Memory adds up, every part of the step is found, and the products are those of the method but for what is said."""
+    """Memory adds up, every part of the step is found, and the products are those of the method, as far as said."""
     found = plan_report.to_json(made)
     assert found.keys() == KEYS and json.loads(json.dumps(found)) == found
     assert found["fits"] and found["topology"] == "v5e:2x2" and found["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}

@@ -23,7 +23,8 @@ NOTES = (
     f"Attention kernels have no estimate of the compiler's; theirs is a roofline: products at the chip's peak, then "
     f"{VECTOR_FORWARD} and more vector operations a score, one after the other.",
     "Collectives: bytes over a corner chip's links; those beside other work count as far as they outlast it.",
-    "FLOPs that the method needs: every row at its full length, nothing computed twice, causal attention over visible pairs.",
+    "FLOPs that the method needs: every row at its full length, nothing computed twice, causal attention over visible "
+    "pairs.",
     f"An epoch is {MEDQA_QUESTIONS:,} questions (MedQA's training set) through the step, without refreshes and "
     "evaluation; dollars are an on-demand price per chip-hour of jmlr_jax/planning/flops.py, an assumption.",
 )
