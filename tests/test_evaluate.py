@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 
 from jmlr_jax.config import LlamaConfig, LoraConfig, MeshConfig
 from jmlr_jax.config_io import load
@@ -190,8 +189,9 @@ def test_a_prompt_is_as_wide_as_its_pieces_can_reach():
 
 
 @pytest.mark.parametrize("arm", ["jmlr", "closed_book"])
-def test_padding_beyond_what_can_be_read_is_left_out_and_changes_no_bit(setting, monkeypatch, arm):
-    """The same batches with empty passages behind the rest, which make every row as wide as max_length."""
+def test_padding_beyond_what_can_be_read_is_left_out_and_changes_nothing(setting, monkeypatch, arm):
+    """The same batches with empty passages behind the rest, which make every row as wide as max_length. Likelihoods may
+    be rounded otherwise: how a CPU blocks a product depends on its number of rows, and this decoder is a sharp one."""
     cfg, prepared, reader, table = setting
     table = table if arm == "jmlr" else np.full_like(table, -1)
     batches, found = [], []
@@ -216,7 +216,8 @@ def test_padding_beyond_what_can_be_read_is_left_out_and_changes_no_bit(setting,
         }
         assert reading_width(wide, 256, 12) == 256
         for name, value in compiled(reader.params, reader.adapters, wide, **static).items():
-            np.testing.assert_array_equal(narrow[name], value, err_msg=name)
+            rtol = 1e-4 if name == "nll" else 0
+            np.testing.assert_allclose(narrow[name], value, rtol=rtol, atol=0, err_msg=name)
 
 
 def test_passages_that_do_not_fit_are_dropped_worst_first():
