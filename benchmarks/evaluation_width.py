@@ -51,7 +51,7 @@ def compare(name: str, cfg: config_io.Config, prepared: Prepared, table_NxK: np.
     """Two rows of the table: all questions at both widths."""
     llama = cfg.generator.llama.model_copy(update={"vocab_size": prepared.generator_ids.vocab_size})
     params, size = init_llama(llama, jax.random.key(cfg.seed)), cfg.eval.batch_size
-    static = {"cfg": llama, "ids": prepared.generator_ids, "max_length": cfg.generator.max_length, "everywhere": None}
+    static = {"cfg": llama, "ids": prepared.generator_ids, "max_length": cfg.generator.max_length, "replicated": None}
     seconds, width, differs = defaultdict(list), {}, 0.0
     for first in range(-size, len(table_NxK), size):  # the first batch is read once more, for compilation
         rows = np.arange(first, first + size) % len(table_NxK)

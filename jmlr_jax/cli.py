@@ -185,12 +185,7 @@ def _import(config: Config, args: argparse.Namespace) -> None:
     from jmlr_jax.hf.convert import import_checkpoint
 
     import_checkpoint(
-        args.src,
-        args.dst,
-        dtype=args.dtype,
-        vocab_multiple=args.vocab_multiple,
-        add_tokens=args.add_token,
-        progress=sys.stderr.isatty(),
+        args.src, args.dst, dtype=args.dtype, vocab_multiple=args.vocab_multiple, add_tokens=args.add_token
     )
     print(args.dst)
 

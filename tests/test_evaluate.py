@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from jmlr_jax.config import LlamaConfig, LoraConfig, MeshConfig
 from jmlr_jax.config_io import load

@@ -10,8 +10,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 from transformers import PreTrainedTokenizerFast
 
 from jmlr_jax.config import BertConfig, DType, LlamaConfig, RetrieverConfig
@@ -35,6 +33,7 @@ from jmlr_jax.hf.layouts import open_retriever
 from jmlr_jax.hf.load import check_position_ids, without_tied_head
 from jmlr_jax.hf.table import Row, assign, expected, gather, leaves
 from jmlr_jax.nn.functional import abstract_params
+from jmlr_jax.parallel.progress import Stage
 
 GENERATION = "generation_config.json"
 
@@ -46,7 +45,6 @@ def import_checkpoint(
     dtype: DType | None = None,
     vocab_multiple: int = 1,
     add_tokens: Sequence[str] = (),
-    progress: bool = False,
 ) -> None:
     """Checks a published checkpoint against all that training needs, and writes it in the one form that is used here.
 
@@ -62,7 +60,6 @@ def import_checkpoint(
         vocab_multiple: rows are added to the vocabulary up to a multiple of this, so that a mesh divides it.
         add_tokens: special tokens added to the tokenizer, e.g. markers. Their rows are the mean of the others, as are
             the rows that only fill up.
-        progress: show a bar on standard error.
 
     Raises:
         HFError: names every field, tensor or file that does not fit, and every tensor that is not finite in `dtype`.
@@ -83,21 +80,20 @@ def import_checkpoint(
 
     stored = dtype or model.widest()
     broken: list[str] = []
-    bar = Progress(console=Console(stderr=True), transient=True, disable=not progress)
-    task = bar.add_task(f"importing {os.path.basename(os.fspath(src))}", total=None)
+    listed = model.tensors()
+    stage = Stage(f"importing {os.path.basename(os.fspath(src))}", len(listed), "tensors", brief=True)
 
-    def read(key: str, entry: Entry, grown: np.ndarray | None) -> np.ndarray:
-        bar.advance(task)
+    def read(number: int, key: str, entry: Entry, grown: np.ndarray | None) -> np.ndarray:
+        stage.update(number)
         return _read(key, entry, stored, grown, broken)
 
     tensors = [
-        Tensor(key, np.dtype(stored), (rows, *shape[1:]) if grows else shape, partial(read, key, entry, grown))
-        for key, shape, entry, grows in model.tensors()
+        Tensor(key, np.dtype(stored), (rows, *shape[1:]) if grows else shape, partial(read, number, key, entry, grown))
+        for number, (key, shape, entry, grows) in enumerate(listed, 1)
         for grown in (fresh if grows else None,)
     ]
-    bar.update(task, total=len(tensors))
     shape = model.shape.model_copy(update={"vocab_size": rows, "param_dtype": stored})
-    with whole_directory(dst) as folder, bar:
+    with whole_directory(dst) as folder, stage:
         if isinstance(shape, LlamaConfig):
             write_json(folder / "config.json", config.llama_to_hf(shape, raw))
             write_directory(folder, tensors, SHARD_BYTES)
