@@ -22,6 +22,7 @@ import numpy as np
 from etils import epath
 from gguf import GGMLQuantizationType, GGUFValueType
 
+from jmlr_jax.files import check_local
 from jmlr_jax.hf.io import Entry, HFError
 
 MAGIC = b"GGUF"
@@ -94,8 +95,9 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     Raises:
         HFError: the file is truncated, damaged, one part of a model, or of a version, byte order or quantisation that
             is not read here; names it, the field or tensor, and what to do.
+        PlaceError: the file is in a bucket.
     """
-    file = epath.Path(path)
+    file = epath.Path(check_local(os.fspath(path)))
     if not is_gguf(file):
         raise HFError(f"{file}: not a GGUF file, which would begin with {MAGIC.decode()}; {_REMEDY}")
     with open(os.fspath(file), "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
