@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from jmlr_jax.parallel import distributed
 
@@ -119,12 +120,13 @@ class Stage:
         if self._speaks and self._console.is_terminal and not self._console.is_dumb_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}", style="bold", markup=False),
-                BarColumn(),
+                BarColumn(bar_width=20),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(compact=True),
-                TextColumn("{task.fields[note]}", markup=False),
+                TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
                 console=self._console,
                 transient=True,
+                expand=True,  # on a narrow terminal the note is cut, not the bar
             )
             tally = self._tally
             self._bar.add_task(tally.name, total=tally.total, completed=tally.done, note=tally.note)
