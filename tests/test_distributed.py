@@ -55,7 +55,7 @@ def test_a_directory_that_one_process_does_not_see(tiny_data, tmp_path, monkeypa
 WATCHED = """
 import os, sys
 from jmlr_jax.parallel import distributed
-distributed._watch()
+distributed.watch()
 {end}
 """
 

@@ -54,6 +54,7 @@ def base_config(folder: Path) -> dict[str, Any]:
     return {
         "run_dir": str(folder / "run"),
         "data": data,
+        "train": {"warmup": {"steps": 0}},
         "retriever": {"bert": BERT.model_dump(), "dim": 12, "query_length": 20, "passage_length": 32},
         "generator": {
             "llama": LLAMA.model_dump(),

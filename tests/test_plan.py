@@ -139,7 +139,7 @@ def test_what_does_not_fit_names_a_knob(made: plan.Plan) -> None:
     mesh = plan.make_mesh(cfg.mesh, plan.slice_of("v5e:2x2")[1])
     huge = jax.ShapeDtypeStruct((2**18, 2**18), jnp.bfloat16, sharding=jax.NamedSharding(mesh, P("fsdp")))
     source = programs.Source(jax.jit(lambda x: (x @ x.T).sum()).lower, (huge,), (), ())
-    program = plan._compile(source, CHIPS["v5e"], None)
+    program = plan.compile_program(source, CHIPS["v5e"], None)
     assert not program.fits and program.used > program.available == pytest.approx(15.75 * GIB)
     refused = replace(made, cfg=wide, step=program)
     found = plan_report.to_json(refused)

@@ -62,7 +62,7 @@ def test_interrupted_in_the_loop(uninterrupted, tiny_data, tmp_path, monkeypatch
     one_device(monkeypatch)
     run = open_run(tiny_data, tmp_path)
     # Each step places one batch.
-    interrupt(monkeypatch, run, "_place", died_at)
+    interrupt(monkeypatch, run, "place", died_at)
     file = tmp_path / "arms" / "jmlr" / "metrics.jsonl"
     assert file.read_bytes() != uninterrupted[0]
     with file.open("a") as half:
@@ -76,7 +76,7 @@ def test_interrupted_with_adapters_on_the_retriever(tiny_data, tmp_path, monkeyp
     one_device(monkeypatch)
     adapters = {"lora": {"rank": 2}}
     whole = finish(open_run(tiny_data, tmp_path / "whole", retriever=adapters))
-    interrupt(monkeypatch, open_run(tiny_data, tmp_path / "stopped", retriever=adapters), "_place", 9)
+    interrupt(monkeypatch, open_run(tiny_data, tmp_path / "stopped", retriever=adapters), "place", 9)
     metrics, weights = finish(open_run(tiny_data, tmp_path / "stopped", retriever=adapters))
     assert metrics == whole[0]
     assert_same_weights(weights, whole[1])

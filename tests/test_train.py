@@ -66,14 +66,14 @@ def test_adapters_on_the_retriever(tiny_data, tmp_path, monkeypatch):
     run = open_run(
         tiny_data, tmp_path, train=SHORT | {"steps": 2}, retriever={"lora": {"rank": 2, "targets": ["q", "up"]}}
     )
-    live, finish = {}, module._finish
+    live, finish = {}, module.finish
 
     def finished(run, loop, *rest):
         assert {"layers", "whole"} == set(loop.state["params"]["retriever"])
         live.update(live_retriever(run.retriever, loop.frozen | loop.state["params"]))
         finish(run, loop, *rest)
 
-    monkeypatch.setattr(module, "_finish", finished)
+    monkeypatch.setattr(module, "finish", finished)
     train_phase(run, PHASES["separate_retriever"], Console(quiet=True))
     start, end = run.initial_weights()["retriever"], retriever_of(run, "separate_retriever")
     assert_same_weights(end, phase_weights(run, PHASES["separate"])["retriever"])
@@ -122,7 +122,7 @@ def test_the_dev_loss_is_of_the_drawn_questions_each_once(tiny_data, tmp_path, m
         frozen=None,
         dev=lambda params, frozen, batch: batch["loss"],
     )
-    assert module._dev_loss(run, loop) == run.dev_rows.mean() and run.dev_rows.tolist() != list(range(5))
+    assert module.dev_loss(run, loop) == run.dev_rows.mean() and run.dev_rows.tolist() != list(range(5))
     for split, rows, table in read:
         assert split == "dev" and table[:, 0].tolist() == rows.tolist()
 
@@ -132,22 +132,22 @@ def test_fixed_phases_read_the_passages_of_the_drawn_questions(tiny_data, tmp_pa
     run = open_run(tiny_data, tmp_path, train={"dev_questions": 5, "warmup": {"steps": 0}})
     with jax.set_mesh(run.mesh):
         for phase, passages in (("bm25", run.cfg.train.read_passages), ("warmup", 1)):
-            loop = module._build(run, PHASES[phase], tmp_path / phase, Console(quiet=True))
+            loop = module.build(run, PHASES[phase], tmp_path / phase, Console(quiet=True))
             np.testing.assert_array_equal(loop.dev_table, fixed_table(run, "bm25", "dev", passages)[run.dev_rows])
 
 
 def test_the_best_checkpoint_by_dev_loss_gives_the_final_weights(tiny_data, tmp_path, monkeypatch):
     one_device(monkeypatch)
     losses = iter([0.1, 0.7])
-    monkeypatch.setattr(module, "_dev_loss", lambda run, loop: next(losses))
+    monkeypatch.setattr(module, "dev_loss", lambda run, loop: next(losses))
     kept = {}
-    original = module._checkpoint
+    original = module.checkpoint
 
     def checkpoint(run, loop, checkpoints, stream, step, *rest):
         kept[step] = jax.device_get(loop.state["params"]["generator"])
         original(run, loop, checkpoints, stream, step, *rest)
 
-    monkeypatch.setattr(module, "_checkpoint", checkpoint)
+    monkeypatch.setattr(module, "checkpoint", checkpoint)
     run = open_run(tiny_data, tmp_path, train=SHORT, eval={"checkpoint": "best"})
     train_phase(run, PHASES["closed_book"], Console(quiet=True))
     final = weights(run, "closed_book", "generator")

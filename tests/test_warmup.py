@@ -95,7 +95,7 @@ def test_the_share_of_passages_found_with_the_answer(tiny_data, tmp_path, monkey
     rows = np.arange(200)
     # Told apart: distant passages become negative numbers.
     lessons.distant = -2 - lessons.distant
-    monkeypatch.setattr(lessons, "_pick", lambda rng, table: (rng.random(), table[:, 0])[1])
+    monkeypatch.setattr(lessons, "pick", lambda rng, table: (rng.random(), table[:, 0])[1])
     for step in range(5):
         lessons.batch(step, rows, np.arange(len(rows)))
     expected = [first + (last - first) * step / 5 for step in range(5)]
@@ -104,7 +104,7 @@ def test_the_share_of_passages_found_with_the_answer(tiny_data, tmp_path, monkey
 
 def test_a_row_without_passages_picks_none():
     table = np.array([[4, 5, -1], [-1, -1, -1]])
-    picked = {tuple(ReadingLessons._pick(np.random.default_rng(i), table).tolist()) for i in range(20)}
+    picked = {tuple(ReadingLessons.pick(np.random.default_rng(i), table).tolist()) for i in range(20)}
     assert picked == {(4, -1), (5, -1)}
 
 

@@ -132,11 +132,11 @@ def test_word_matching_does_not_solve_it_but_beats_chance(world):
 def test_with_lay_names_in_its_passages_word_matching_would_solve_it(monkeypatch):
     """What keeps the test above honest: it is the two languages that defeat BM25."""
 
-    def lay(rng, n, syllables, endings, taken, made=module._words):
+    def lay(rng, n, syllables, endings, taken, made=module.words):
         words = made(rng, n, syllables, endings, taken)
         return {"ic": list(LAY_ORGANS), "osis": list(LAY_PROCESSES)}.get(endings[0], words)
 
-    monkeypatch.setattr(module, "_words", lay)
+    monkeypatch.setattr(module, "words", lay)
     assert bm25_recall_at_1(make_world(WorldConfig(hint_probability=0, trap_probability=0), seed=3)) > 0.45
 
 

@@ -163,7 +163,7 @@ class World:
     stats: dict[str, int | float]
 
 
-def _words(rng: random.Random, n: int, syllables: int, endings: tuple[str, ...], taken: set[str]) -> list[str]:
+def words(rng: random.Random, n: int, syllables: int, endings: tuple[str, ...], taken: set[str]) -> list[str]:
     """``n`` invented words, none of which (up to its ending) was made before."""
     words: list[str] = []
     while len(words) < n:
@@ -189,9 +189,9 @@ def make_world(cfg: WorldConfig, seed: int) -> World:
     n_o, n_p = len(LAY_ORGANS), len(LAY_PROCESSES)
     if not 32 <= cfg.conditions <= n_o * n_p:
         raise InputError(f"data.world.conditions={cfg.conditions}: expected 32 to {n_o * n_p}")
-    organs = list(zip(_words(rng, n_o, 2, ("ic", "al"), taken), LAY_ORGANS, strict=True))
-    processes = list(zip(_words(rng, n_p, 2, ("osis", "oma", "itis"), taken), LAY_PROCESSES, strict=True))
-    values = {r.name: _words(rng, cfg.values, 2, r.endings, taken) for r in RELATIONS}
+    organs = list(zip(words(rng, n_o, 2, ("ic", "al"), taken), LAY_ORGANS, strict=True))
+    processes = list(zip(words(rng, n_p, 2, ("osis", "oma", "itis"), taken), LAY_PROCESSES, strict=True))
+    values = {r.name: words(rng, cfg.values, 2, r.endings, taken) for r in RELATIONS}
 
     pairs = [(i, j) for i in range(n_o) for j in range(n_p)]
     rng.shuffle(pairs)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:  # a second at every command's start that only a report needs
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 WARMUP = "warmup"  # the phase that all arms share
 ARM_COLOURS = {  # told apart with colour-blind eyes too
@@ -82,9 +81,9 @@ def accuracy_figure(arms: Mapping[str, Mapping[str, Any]], chance: float | None)
       arms: by name, with ``accuracy low high`` and optionally ``per_seed`` (list of accuracies), all in [0, 1].
       chance: accuracy of guessing, None if unknown.
     """
-    with plt.rc_context(_STYLE):
+    with _style():
         order = sorted(arms, key=lambda arm: arms[arm]["accuracy"])
-        figure, axes = plt.subplots(figsize=(7.5, 1.3 + 0.5 * len(order)), layout="constrained")
+        figure, ((axes,),) = _grid(1, 1, 7.5, 1.3 + 0.5 * len(order))
         for y, arm in enumerate(order):
             row, colour = arms[arm], ARM_COLOURS.get(arm, _OTHER_COLOUR)
             axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=3, alpha=0.45, solid_capstyle="round")
@@ -136,12 +135,10 @@ def training_figure(curves: Mapping[str, Mapping[str, Sequence[Curve]]]) -> byte
     shown = [metric for metric in PANELS if any(_points(c) for c in curves.get(metric, {}).values())]
     if not shown:
         return None
-    with plt.rc_context(_STYLE):
+    with _style():
         columns = min(2, len(shown))
         rows = -(-len(shown) // columns)
-        figure, grid = plt.subplots(
-            rows, columns, figsize=(5.6 * columns, 2.9 * rows), squeeze=False, layout="constrained"
-        )
+        figure, grid = _grid(rows, columns, 5.6 * columns, 2.9 * rows)
         for axes, metric in zip(grid.flat, shown, strict=False):
             _training_panel(axes, metric, curves[metric])
         for axes in grid.flat[len(shown) :]:
@@ -161,8 +158,8 @@ def retriever_figure(scores: Mapping[str, Mapping[str, float]]) -> bytes | None:
     shown = [metric for metric, pair in scores.items() if {"before", "after"} <= pair.keys()]
     if not shown:
         return None
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(7.5, 1.5 + 0.45 * len(shown)), layout="constrained")
+    with _style():
+        figure, ((axes,),) = _grid(1, 1, 7.5, 1.5 + 0.45 * len(shown))
         for y, metric in enumerate(reversed(shown)):
             before, after = scores[metric]["before"], scores[metric]["after"]
             axes.plot([before, after], [y, y], color=ARM_COLOURS["jmlr"], linewidth=2, alpha=0.4, zorder=1)
@@ -264,8 +261,21 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.array([values[i - half : i + half + 1].mean() for i, half in enumerate(halves)])
 
 
+def _style() -> AbstractContextManager[None]:
+    import matplotlib
+
+    return matplotlib.rc_context(_STYLE)
+
+
+def _grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """A figure of so many inches with panels [rows, columns]."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, facecolor="white")
-    plt.close(figure)
     return buffer.getvalue()

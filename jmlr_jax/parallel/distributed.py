@@ -58,7 +58,7 @@ def start(text: str) -> None:
     except (ValueError, RuntimeError) as error:
         known = "" if text != "auto" else "; where nothing tells the processes of one another, give HOST:PORT,ID,COUNT"
         raise DistributedError(f"--distributed {text}: {error}{known}") from error
-    _watch()
+    watch()
 
 
 def finish() -> None:
@@ -199,7 +199,7 @@ def _store() -> Any:
     return _jax_distributed.global_state.client
 
 
-def _watch() -> None:
+def watch() -> None:
     """Starts a shell that says so when this process ends without having said that it does.
 
     JAX ends a process that has lost its job from within, with a stack trace; a kill or lack of memory leaves no word.

@@ -131,7 +131,7 @@ def make_plan(cfg: Config, topology: str | None = None, *, whole: bool = True) -
     sources = {key: make(cfg, mesh) for key, make in programs.items()}
     state, frozen, _ = sources["step"].arguments
     replicated = replicated_report({"state": state, "frozen": frozen}, LARGE)
-    compiled = {key: _compile(source, chip, window) for key, source in sources.items()}
+    compiled = {key: compile_program(source, chip, window) for key, source in sources.items()}
     return Plan(cfg, name, chip, dict(mesh.shape), step_work(resolved(cfg)), replicated, **compiled)
 
 
@@ -185,7 +185,7 @@ def slice_of(topology: str) -> tuple[Chip, list[Any]]:
     return CHIPS[generation], list(found.devices)
 
 
-def _compile(source: Source, chip: Chip, window: int | None) -> Program:
+def compile_program(source: Source, chip: Chip, window: int | None) -> Program:
     """Memory by part and seconds of a program on its chips."""
     optimizer, batch = shard_bytes(source.optimizer), shard_bytes(source.batch)
     weights = shard_bytes(source.arguments) - optimizer - batch

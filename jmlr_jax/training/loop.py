@@ -74,7 +74,7 @@ def train_phase(run: Run, phase: Phase, console: Console) -> Path:
 def _train(run: Run, phase: Phase, folder: Path, console: Console) -> None:
     cfg, steps = run.cfg.train, phase_steps(run.cfg.train, phase)
     stream, held = _stream(run), addressable_rows(run.mesh, cfg.batch_size)
-    loop = _build(run, phase, folder, console)
+    loop = build(run, phase, folder, console)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.keep_last)
     done = _resume(loop, checkpoints, stream)
     if done == 0 and loop.candidates is not None:
@@ -90,7 +90,7 @@ def _train(run: Run, phase: Phase, folder: Path, console: Console) -> None:
                     _refresh(run, loop, stream, step)
                 if refresh and loop.candidates and step > refresh and step % refresh == cfg.refresh_delay:
                     loop.candidates.adopt()
-                placed = _place(run, loop.batch(step, next(stream), held), held)
+                placed = place(run, loop.batch(step, next(stream), held), held)
                 loop.state, metrics = loop.step(loop.state, loop.frozen, placed)
                 trace.after_step(metrics)
                 extra = dict(loop.candidates.metrics) if refresh and loop.candidates else {}
@@ -99,12 +99,12 @@ def _train(run: Run, phase: Phase, folder: Path, console: Console) -> None:
                 planned = last or (step + 1) % cfg.checkpoint_steps == 0
                 if planned or stopped:
                     _check_finite(log.flush(), cfg.max_skipped_in_row)
-                    _checkpoint(run, loop, checkpoints, stream, step + 1, log, planned)
+                    checkpoint(run, loop, checkpoints, stream, step + 1, log, planned)
                 if stopped and not last:
                     raise TrainingStopped(
                         f"SIGTERM: {phase.name} saved at step {step + 1} of {steps}; the same command continues"
                     )
-    _finish(run, loop, checkpoints, folder)
+    finish(run, loop, checkpoints, folder)
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def _closing(loop: Loop, checkpoints: Checkpoints) -> Iterator[None]:
             loop.candidates.close()
 
 
-def _build(run: Run, phase: Phase, folder: Path, console: Console) -> Loop:
+def build(run: Run, phase: Phase, folder: Path, console: Console) -> Loop:
     """Weights, tables and compiled functions of a phase."""
     prepared, steps = run.prepared, phase_steps(run.cfg.train, phase)
     program = phase_program(run.cfg, phase, run.retriever, run.llama, prepared.generator_ids, steps, run.mesh)
@@ -178,12 +178,12 @@ def _refresh(run: Run, loop: Loop, stream: Any, step: int) -> None:
     loop.candidates.start(step, local_arrays(copy, run.mesh), rows)
 
 
-def _place(run: Run, batch: Batch, held: np.ndarray) -> dict[str, jax.Array]:
+def place(run: Run, batch: Batch, held: np.ndarray) -> dict[str, jax.Array]:
     """The batch on the mesh; each process brings its own questions."""
     return place_batch(run.mesh, batch, held, run.cfg.train.batch_size)
 
 
-def _checkpoint(
+def checkpoint(
     run: Run, loop: Loop, checkpoints: Checkpoints, stream: Any, step: int, log: MetricsLog, planned: bool
 ) -> None:
     """Saves everything, after any refresh under way has been written: resuming never needs weights that are gone."""
@@ -192,7 +192,7 @@ def _checkpoint(
         loop.candidates.wait()
         notes["table_metrics"] = loop.candidates.metrics
     # Not where SIGTERM stops the loop: an interrupted run writes what an uninterrupted one does.
-    loss = _dev_loss(run, loop) if planned else None
+    loss = dev_loss(run, loop) if planned else None
     if loss is not None:
         notes[DEV_LOSS] = loss
         log.note(step, {DEV_LOSS: loss})
@@ -216,7 +216,7 @@ def _resume(loop: Loop, checkpoints: Checkpoints, stream: Any) -> int:
     return step
 
 
-def _dev_loss(run: Run, loop: Loop) -> float | None:
+def dev_loss(run: Run, loop: Loop) -> float | None:
     """Mean answer loss of ``run.dev_rows``, in batches of one compiled shape."""
     table = loop.dev_table if loop.candidates is None else loop.candidates.dev_nxK
     if not len(table):
@@ -240,7 +240,7 @@ def _check_finite(row: dict[str, float], most: int) -> None:
         )
 
 
-def _finish(run: Run, loop: Loop, checkpoints: Checkpoints, folder: Path) -> None:
+def finish(run: Run, loop: Loop, checkpoints: Checkpoints, folder: Path) -> None:
     """Writes the weights that later phases, evaluation and export use."""
     if run.cfg.eval.checkpoint == "best":
         reopened = Checkpoints(folder / "checkpoints", run.cfg.train.keep_last)

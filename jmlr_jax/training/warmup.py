@@ -33,8 +33,8 @@ class ReadingLessons:
         All draws are for the whole batch, so that it does not depend on who makes which part of it.
         """
         rng = np.random.default_rng(self.run.seed("lessons", step))
-        near = self._pick(rng, self.distant[rows])
-        other = self._pick(rng, self.others[rows])
+        near = self.pick(rng, self.distant[rows])
+        other = self.pick(rng, self.others[rows])
         table_Bx1 = np.where(rng.random(len(rows)) < self._distant_probability(step), near, other)[:, None]
         batch = assemble(self.run.prepared, "train", rows, table_Bx1)
         batch = rename(batch, self.renamed, rng) if len(self.renamed) else batch
@@ -65,7 +65,7 @@ class ReadingLessons:
         return np.bincount(np.unique(row * size + table.ids) % size, minlength=size)
 
     @staticmethod
-    def _pick(rng: np.random.Generator, table_BxK: np.ndarray) -> np.ndarray:
+    def pick(rng: np.random.Generator, table_BxK: np.ndarray) -> np.ndarray:
         """One valid passage of each row at random; -1 where there is none."""
         valid = (table_BxK >= 0).sum(1)
         place = (rng.random(len(table_BxK)) * np.maximum(valid, 1)).astype(np.int64)
