@@ -17,6 +17,7 @@ from typing import NamedTuple, NoReturn, get_args
 from jmlr_jax import chatter, config_io
 from jmlr_jax.config import ArmName, Config, DType
 from jmlr_jax.errors import JmlrError
+from jmlr_jax.files import expanded
 from jmlr_jax.parallel.libtpu import set_flags
 
 ARMS = get_args(ArmName)
@@ -121,7 +122,7 @@ def _configuration(args: argparse.Namespace, overrides: list[str]) -> Config:
         overrides = [*overrides, f"index.ann_recall={args.ann_recall}"]
     if args.run_dir is not None:
         overrides = [*overrides, f"run_dir={args.run_dir}"]
-        saved = os.path.join(args.run_dir, config_io.RESOLVED_NAME)
+        saved = os.path.join(expanded(args.run_dir), config_io.RESOLVED_NAME)
         if source is None and os.path.exists(saved):
             source = saved
             print(f"jmlr: configuration of {saved}", file=sys.stderr)

@@ -225,18 +225,16 @@ def _parse_override(override: str) -> tuple[str, Any]:
     if model is not None and text.strip() not in ("null", "{}"):  # null turns an optional section off, {} on
         example = f"{key}.{next(iter(model.model_fields))}=..."
         raise ConfigError(f"{COMMAND_LINE}: {key}: is a section; set its keys one by one ({example})")
+    if text == "null" and _accepts(field.annotation, type(None)):
+        return key, None
+    # Where text is wanted, it is taken as typed: 2024 is a name, "out #3" a folder, "{title}: {text}" a template.
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    if _accepts(field.annotation, str) and not quoted:
+        return key, text
     try:
-        value = yaml.safe_load(text)
+        return key, yaml.safe_load(text)
     except yaml.YAMLError as error:
-        if not _accepts(field.annotation, str):
-            raise ConfigError(f"{COMMAND_LINE}: {key}: {text!r} is not valid YAML") from error
-        value = text
-    if value is None and not _accepts(field.annotation, type(None)):
-        value = text
-    # Where text is wanted, text is taken as typed: run_dir=2024 is a name, "{title}: {text}" a template.
-    if value is not None and not isinstance(value, str) and _accepts(field.annotation, str):
-        value = text
-    return key, value
+        raise ConfigError(f"{COMMAND_LINE}: {key}: {text!r} is not valid YAML") from error
 
 
 # The schema

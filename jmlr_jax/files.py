@@ -33,8 +33,13 @@ def is_address(path: str | os.PathLike[str]) -> bool:
     return _ADDRESS.match(os.fspath(path)) is not None
 
 
+def expanded(path: str) -> str:
+    """`path` with ``~`` and ``$NAME`` as a shell would read them, also where none has."""
+    return os.path.expandvars(os.path.expanduser(path))
+
+
 def check_local(path: str) -> str:
-    """`path` as it is, unless it is an address: pathlib would take that for a folder of this name and write there.
+    """`path` expanded, unless it is an address: pathlib would take that for a folder of this name and write there.
 
     Raises:
       PlaceError: it is one, such as ``gs://bucket/runs``.
@@ -44,11 +49,11 @@ def check_local(path: str) -> str:
             f"{path}: is an address, not a folder of this machine; mount the bucket and give the path there, "
             "such as /mnt/jmlr/runs/a (docs/tpu.md)"
         )
-    return path
+    return expanded(path)
 
 
 def check_readable(path: str) -> str:
-    """`path` as it is, unless it is an address that nothing here reads.
+    """`path` expanded, unless it is an address that nothing here reads.
 
     Raises:
       PlaceError: it is one, such as ``https://host/file``.
@@ -56,7 +61,7 @@ def check_readable(path: str) -> str:
     address = _ADDRESS.match(path)
     if address and address[1].lower() not in BUCKETS:
         raise PlaceError(f"{path}: {address[1]}: is not read here; download what is there and give the file's path")
-    return path
+    return expanded(path)
 
 
 def any_path(path: str | os.PathLike[str]) -> epath.Path:

@@ -150,6 +150,25 @@ def test_every_unknown_key_is_listed(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["out #3", "2024", "a: b", "[x]", "{y}", "it's", "x & y", " padded ", "~x"])
+def test_names_are_taken_as_typed(name: str) -> None:
+    assert load(None, [f"run_dir={name}"]).run_dir == name
+    assert load(None, [f"generator.passage_template={name}"]).generator.passage_template == name
+
+
+def test_text_in_quotes_is_yaml_and_null_is_nothing() -> None:
+    assert load(None, [r'generator.passage_template="\n{text}"']).generator.passage_template == "\n{text}"
+    assert load(None, ["data.train_path=null"]).data.train_path is None
+
+
+def test_paths_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/data")
+    config = load(None, ["run_dir=~/out", "data.train_path=$DATA/q.jsonl", "generator.source=~/models/x"])
+    assert (config.run_dir, config.data.train_path) == ("/home/me/out", "/data/q.jsonl")
+    assert config.generator.source == config.generator.tokenizer_place == "/home/me/models/x"
+
+
 def test_unknown_override() -> None:
     assert _message(None, "train.stps=3") == "command line: train.stps: unknown key; did you mean train.steps?"
     assert "train.steps" in _message(None, "steps=3")  # the word exists, elsewhere
