@@ -282,6 +282,14 @@ def test_a_refused_first_command_leaves_nothing_behind(here, capsys):
     jmlr("index --run-dir out")
 
 
+def test_brackets_in_a_path(here, capsys):
+    """The checkpoint library takes them for a pattern; what needs no weights works, and training says so first."""
+    jmlr("prepare --config small.yaml --run-dir", "x [v2]")
+    jmlr("index --run-dir", "x [v2]")
+    assert "x [v2]: Orbax reads [ ] * ?" in refused(capsys, "train --run-dir", "x [v2]")
+    assert not Path("x [v2]/arms").exists()
+
+
 # Tables of a phase that does not refresh.
 
 

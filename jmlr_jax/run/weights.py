@@ -45,8 +45,14 @@ def begin(run: Run, phase: Phase) -> None:
 
     Raises:
       ArtifactError: it was begun or finished with other values or on other data; every difference is named.
+      DataError: a path that checkpoints cannot be read back from.
     """
     folder = phase_folder(run, phase.name)
+    if set(str(folder)) & set("[]*?"):
+        raise DataError(
+            f"{run.directory}: Orbax reads [ ] * ? in a path as a pattern, so weights kept there could not be read "
+            "again; give a directory without them (--run-dir)"
+        )
 
     def check() -> None:
         recipe, made = _recipe(run, phase), Recipe.read(folder)
