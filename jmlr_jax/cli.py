@@ -26,8 +26,9 @@ EXAMPLES = """\
 examples:
   jmlr run                                        the whole experiment on the embedded closed world
   jmlr run --config smoke --run-dir runs/smoke    the same path in miniature, to see that it works
-  jmlr train --config my.yaml train.steps=2000 mesh.fsdp=4
-  jmlr eval --run-dir runs/a --arm jmlr           a run directory brings its own configuration
+  jmlr prepare --config smoke --run-dir runs/a train.steps=20
+  jmlr train --run-dir runs/a                     a run brings what it was prepared with
+  jmlr eval --run-dir runs/a --arm jmlr
   jmlr print-config --fields                      every key, its default and its meaning
 
 A value is the last of: the default, the preset (--config), key=value. `jmlr COMMAND --help` tells more.
@@ -219,15 +220,16 @@ COMMANDS = {
     "prepare": _Command(
         _prepare,
         "read questions and passages, split, filter leakage, tokenise",
-        "jmlr prepare --run-dir runs/a data.questions=jsonl data.train_path=train.jsonl",
+        "jmlr prepare --config own_small --run-dir runs/a data.train_path=train.jsonl data.test_path=test.jsonl "
+        "data.corpus_path=corpus.jsonl",
         together=True,
     ),
     "index": _Command(_index, "encode the passages and build the index", "jmlr index --run-dir runs/a", together=True),
     "train": _Command(_train, "train one arm, or continue it", "jmlr train --run-dir runs/a --arm bm25", together=True),
-    "eval": _Command(_eval, "evaluate trained arms", "jmlr eval --run-dir runs/a eval.split=dev", together=True),
+    "eval": _Command(_eval, "evaluate trained arms", "jmlr eval --run-dir runs/a --arm bm25", together=True),
     "report": _Command(_report, "write tables and figures of a run", "jmlr report --run-dir runs/a", together=True),
     "run": _Command(
-        _run, "all of the above, for one seed or several", "jmlr run --seeds 3 --run-dir runs/a", together=True
+        _run, "all of the above, for one seed or several", "jmlr run --seeds 3 --run-dir runs/b", together=True
     ),
     "search": _Command(
         _search,
@@ -246,7 +248,7 @@ COMMANDS = {
     "export": _Command(
         _export,
         "write a trained pair for other tools, with a model card",
-        "jmlr export runs/a exported/a",
+        "jmlr export runs/a exported/a --arm bm25",
         places=("RUN", "DST"),
     ),
     "plan": _Command(
