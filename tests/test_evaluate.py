@@ -192,7 +192,7 @@ def test_a_prompt_is_as_wide_as_its_pieces_can_reach():
 @pytest.mark.parametrize("arm", ["jmlr", "closed_book"])
 def test_padding_beyond_what_can_be_read_is_left_out_and_changes_nothing(setting, monkeypatch, arm):
     """The same batches with empty passages behind the rest, which make every row as wide as max_length. Likelihoods may
-    be rounded otherwise: how a CPU blocks a product depends on its number of rows, and this decoder is a sharp one."""
+    be rounded otherwise: for a CPU, XLA compiles norms of few tokens in another way. This decoder is a sharp one."""
     cfg, prepared, reader, table = setting
     table = table if arm == "jmlr" else np.full_like(table, -1)
     batches, found = [], []
