@@ -11,6 +11,8 @@ import pytest
 from runs import one_device
 
 from jmlr_jax.cli import main
+from jmlr_jax.commands.pipeline import prepare_data
+from jmlr_jax.config_io import load
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -190,6 +192,22 @@ def test_another_training_is_refused_by_its_keys_and_how_it_is_watched_is_not(tr
     said = refused(capsys, "train --run-dir out train.sampled=2 train.rank_weight=0.5")
     assert "train.sampled was 3, now 2" in said and "train.rank_weight was 1.0, now 0.5" in said
     jmlr("train --run-dir out train.log_steps=2 train.keep_last=1 eval.max_questions=2")
+
+
+def test_one_corpus_is_prepared_once_for_all_seeds(here):
+    cfg = load("small.yaml")
+    first, second = (cfg.model_copy(update={"run_dir": f"out/seed_{seed}", "seed": seed}) for seed in (0, 1))
+    prepare_data(first)
+    made = Path("out/seed_0/data").absolute()
+    prepare_data(second, like=made)
+    assert files(Path("out/seed_1/data")) == files(made)
+    assert all(
+        (Path("out/seed_1/data") / name).samefile(made / name) for name in files(made) if "made_from" not in name
+    )
+    # Of other lengths it is made on its own.
+    other = cfg.retriever.model_copy(update={"query_length": 12})
+    prepare_data(second.model_copy(update={"retriever": other, "run_dir": "out/seed_2"}), like=made)
+    assert card(Path("out/seed_2"))["lengths"]["query"] == 12
 
 
 # Sources.

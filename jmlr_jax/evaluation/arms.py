@@ -22,7 +22,7 @@ from jmlr_jax.run.candidates import fixed_table
 from jmlr_jax.run.open import Run
 from jmlr_jax.run.phases import PHASES, trained_retriever
 from jmlr_jax.run.recipes import evaluation_recipe, retrieval_recipe
-from jmlr_jax.run.weights import INITIAL, digests, phase_weights, retriever_of, trained
+from jmlr_jax.run.weights import INITIAL, digests, retriever_of, trained
 
 
 def evaluate_arms(run: Run, arms: Sequence[str]) -> None:
@@ -54,8 +54,7 @@ def _unless_made(run: Run, recipe: Recipe, measure: Callable[[], Callable[[Path]
 def _arm(run: Run, arm: str) -> Callable[[Path], None]:
     """How an arm answers and retrieves; the result writes it into a folder."""
     cfg, phase = run.cfg, PHASES[arm]
-    weights = phase_weights(run, phase)
-    weights["generator"] = trained(run, arm, "generator")
+    weights = run.initial_weights() | {"generator": trained(run, arm, "generator")}
     adapters = cfg.generator.lora
     reader = Reader(
         params=weights["generator"] if adapters is None else lora.complete(weights["base"], weights["generator"]),

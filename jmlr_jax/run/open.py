@@ -25,10 +25,11 @@ from jmlr_jax.errors import JmlrError
 from jmlr_jax.files import local_path, write_text
 from jmlr_jax.hf.load import load_generator, load_retriever
 from jmlr_jax.nn import lora
+from jmlr_jax.nn.abstract import abstract_adapters, abstract_weights
 from jmlr_jax.nn.copying import favour_copying
-from jmlr_jax.nn.functional import abstract_params, init_colbert, init_llama, logical_axes
+from jmlr_jax.nn.functional import init_colbert, init_llama
 from jmlr_jax.parallel.distributed import DistributedError, check_same, gather, is_first, on_first
-from jmlr_jax.parallel.sharding import make_mesh, shardings
+from jmlr_jax.parallel.sharding import make_mesh
 from jmlr_jax.retrieval.bm25 import BM25
 from jmlr_jax.retrieval.vectors import drawn_rows
 from jmlr_jax.run.artifact import ArtifactError, Recipe, refuse
@@ -120,7 +121,8 @@ class Run:
         assert retriever.lora is not None
         with jax.set_mesh(self.mesh):
             made = lora.init_lora(retriever.lora, retriever, self._key("adapters of the retriever"))
-            return jax.device_put(made, shardings(self.mesh, lora.lora_axes(retriever.lora, retriever), made))
+            shapes = abstract_adapters(retriever.lora, retriever, self.mesh)
+            return jax.device_put(made, jax.tree.map(lambda x: x.sharding, shapes))
 
     @cached_property
     def _initial(self) -> tuple[RetrieverConfig, LlamaConfig, Weights]:
@@ -152,28 +154,13 @@ class Run:
             else:
                 weights["base"] = base
                 weights["generator"] = lora.init_lora(cfg.generator.lora, llama, self._key("adapters of the generator"))
-        return retriever, llama, jax.device_put(weights, self.shardings_of(weights, retriever, llama))
-
-    def shardings_of(self, weights: Weights, retriever: RetrieverConfig, llama: LlamaConfig) -> Weights:
-        """Where each array of (part of) the weights lies on the mesh."""
-        adapters = self.cfg.generator.lora
-        axes: Weights = {
-            "retriever": logical_axes(retriever),
-            "generator": logical_axes(llama) if adapters is None else lora.lora_axes(adapters, llama),
-            "base": logical_axes(llama),
-        }
-        return {name: shardings(self.mesh, axes[name], tree) for name, tree in weights.items()}
+        shapes = abstract_weights(retriever, llama, cfg.generator.lora, mesh)
+        return retriever, llama, jax.device_put(weights, jax.tree.map(lambda x: x.sharding, shapes))
 
     def abstract(self, names: tuple[str, ...]) -> Weights:
         """Shape, dtype and sharding of the named parts of the weights, for restoring them from disk."""
-        adapters = self.cfg.generator.lora
-        trees: Weights = {"retriever": abstract_params(self.retriever)}
-        trees["generator"] = (
-            abstract_params(self.llama) if adapters is None else lora.abstract_lora(adapters, self.llama)
-        )
-        chosen = {name: trees[name] for name in names}
-        placed = self.shardings_of(chosen, self.retriever, self.llama)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), chosen, placed)
+        shapes = abstract_weights(self.retriever, self.llama, self.cfg.generator.lora, self.mesh)
+        return {name: shapes[name] for name in names}
 
     def gold(self, split: str) -> list[list[int]]:
         """Rows of the gold passages of each question, for metrics alone."""
