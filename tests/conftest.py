@@ -16,7 +16,16 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 ROOT = Path(__file__).resolve().parent.parent
 NO_SHARED_DATA = "shared data not found at"
 # Files of minutes go first, so that no core waits for the last of them (with xdist's own order switched off).
-LONG = ("test_multiprocess", "test_resume", "test_mesh_shapes", "test_plan", "test_pipeline", "test_gold_unread")
+LONG = (
+    "test_documented_commands",
+    "test_presets",
+    "test_multiprocess",
+    "test_resume",
+    "test_mesh_shapes",
+    "test_plan",
+    "test_pipeline",
+    "test_gold_unread",
+)
 _unwanted: list[str] = []
 
 

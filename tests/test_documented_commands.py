@@ -109,6 +109,11 @@ def test_it_parses_and_its_configuration_resolves(
         place = words.index("--distributed")
         assert cli.COMMANDS[words[0]].together
         del words[place : place + 2]
+    if "--help" in words:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        assert ended.value.code == 0
+        return
     reached = []
 
     def instead(name: str) -> Callable[..., None]:
