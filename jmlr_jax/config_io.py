@@ -225,7 +225,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
     if model is not None and text.strip() not in ("null", "{}"):  # null turns an optional section off, {} on
         example = f"{key}.{next(iter(model.model_fields))}=..."
         raise ConfigError(f"{COMMAND_LINE}: {key}: is a section; set its keys one by one ({example})")
-    if text == "null" and _accepts(field.annotation, type(None)):
+    if text in ("", "null") and _accepts(field.annotation, type(None)):
         return key, None
     # Where text is wanted, it is taken as typed: 2024 is a name, "out #3" a folder, "{title}: {text}" a template.
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"

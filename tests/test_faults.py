@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 from runs import assert_same_weights, one_device, open_run, tiny_config
 from steps import LORA, adapters, batch, frozen, one, spec, weights
 
-from jmlr_jax.config import Config, RopeScalingConfig, TrainConfig
-from jmlr_jax.config_io import ConfigError
+from jmlr_jax.config import Config, TrainConfig
 from jmlr_jax.data.batches import Prepared, assemble
 from jmlr_jax.data.leakage import filter_leaks
 from jmlr_jax.data.schema import InputError, Passage, Question
@@ -28,9 +28,12 @@ from jmlr_jax.method.step import init_state, joint_loss
 from jmlr_jax.retrieval.candidates import build_table
 from jmlr_jax.retrieval.exact import ExactIndex
 from jmlr_jax.retrieval.vectors import TokenVectors
+from jmlr_jax.run.artifact import ArtifactError
 from jmlr_jax.run.candidates import Candidates
-from jmlr_jax.run.open import Run
+from jmlr_jax.run.phases import PHASES
+from jmlr_jax.run.weights import trained
 from jmlr_jax.training.checkpoint import Checkpoints
+from jmlr_jax.training.loop import train_phase
 from jmlr_jax.training.optimizer import GroupError, labels, make_optimizer, trainable_counts
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -154,13 +157,12 @@ def test_fault_08_one_place_decides_lengths(tiny_data: Path, tmp_path: Path) -> 
 def test_fault_09_one_generator_shape_for_training_and_use(tiny_data: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Inference scaled rotary positions as training never had."""
     one_device(monkeypatch)
-    run = open_run(tiny_data, tmp_path)
-    saved = Config.model_validate(run.cfg.model_dump())
-    assert saved.generator.llama == run.cfg.generator.llama
-    shape = saved.generator.llama.model_copy(update={"rope_scaling": RopeScalingConfig(type="linear", factor=2.0)})
-    other = saved.model_copy(update={"generator": saved.generator.model_copy(update={"llama": shape})})
-    with pytest.raises(ConfigError, match="rope_scaling"):
-        Run.open(other)
+    short = {"steps": 1, "refresh_steps": 0, "checkpoint_steps": 1, "dev_questions": 0}
+    run = open_run(tiny_data, tmp_path, train=short)
+    train_phase(run, PHASES["closed_book"], Console(quiet=True))
+    scaled = {"llama": {"rope_scaling": {"type": "linear", "factor": 2.0}}}
+    with pytest.raises(ArtifactError, match="rope_scaling"):
+        trained(open_run(tiny_data, tmp_path, train=short, generator=scaled), "closed_book", "generator")
 
 
 def test_fault_10_maxsim_adds_up_in_float32() -> None:

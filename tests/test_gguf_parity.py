@@ -118,7 +118,7 @@ def test_greedy_answers(ours: tuple[LlamaConfig, Any], theirs: tuple[Any, Any]) 
     ids = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
     length_B, longest = np.array([len(row) for row in ids]), max(map(len, ids))
     padded_BxT = np.array([row + [2] * (longest - len(row)) for row in ids])
-    found, said_B = generate(params, cfg, padded_BxT, length_B, jax.random.key(0), max_new=NEW, eos_id=2)
+    found, said_B = generate(params, cfg, padded_BxT, length_B, max_new=NEW, eos_id=2)
     for row, tokens in enumerate(ids):
         with torch.no_grad():
             wanted = model.generate(torch.tensor([tokens]), do_sample=False, max_new_tokens=NEW, pad_token_id=2)

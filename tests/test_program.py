@@ -12,9 +12,8 @@ import pytest
 from rich.console import Console
 from runs import assert_same_weights, one_device, open_run
 
-from jmlr_jax.commands import pipeline
 from jmlr_jax.config import Config
-from jmlr_jax.evaluation import evaluate
+from jmlr_jax.evaluation import arms, evaluate
 from jmlr_jax.parallel.sharding import ShardingError
 from jmlr_jax.planning.programs import step_program
 from jmlr_jax.run.open import Run
@@ -143,8 +142,8 @@ def test_the_frozen_base_lies_on_the_devices_once(opened: Any, monkeypatch: pyte
 
     seen.clear()
     monkeypatch.setattr(evaluate, "place_batch", counted("evaluation", evaluate.place_batch))
-    monkeypatch.setattr(pipeline, "fixed_table", counted("retrieval", pipeline.fixed_table))
-    pipeline.evaluate(opened(generator=ADAPTERS, train=SHORT | {"warmup": {"steps": 1}}).cfg, ["bm25"])
+    monkeypatch.setattr(arms, "fixed_table", counted("retrieval", arms.fixed_table))
+    arms.evaluate_arms(opened(generator=ADAPTERS, train=SHORT | {"warmup": {"steps": 1}}), ["bm25"])
     assert {name for name, _ in seen} == {"evaluation", "retrieval"} and {count for _, count in seen} == {1}
 
 

@@ -158,8 +158,10 @@ def test_the_status_of_the_command_comes_through(checkout: Checkout) -> None:
     assert checkout("tpu_scripts/run.sh", FAIL_ON="jmlr run")[0] == 1
 
 
-@pytest.mark.parametrize("script", ["tpu_scripts/test.sh", ".ci/run"])
-def test_checks_run_and_pytest_comes_last(checkout: Checkout, script: str) -> None:
+@pytest.mark.parametrize(
+    ("script", "more"), [("tpu_scripts/test.sh", ""), (".ci/run", "-m exhaustive or not exhaustive ")]
+)
+def test_checks_run_and_pytest_comes_last(checkout: Checkout, script: str, more: str) -> None:
     status, calls, output = checkout(script, "-k", "x")
     assert status == 0, output
     assert calls[-5:] == [

@@ -25,7 +25,7 @@ def run(tiny_data, tmp_path_factory, patch):
     run = open_run(tiny_data, tmp_path_factory.mktemp("search"))
     with pytest.raises(IndexUnusable, match="jmlr index"):
         Engine(run)
-    pipeline.index(run.cfg)
+    pipeline.index(run)
     return run
 
 

@@ -95,7 +95,7 @@ def _folder(path):
 
 
 def test_a_phase_whose_start_is_missing_names_it(run):
-    with pytest.raises(DataError, match="arms/warmup/weights/generator: no weights; that phase has not been trained"):
+    with pytest.raises(DataError, match="arms/warmup/weights: no weights; that phase has not been trained"):
         train_phase(run, PHASES["bm25"], Console(quiet=True))
 
 

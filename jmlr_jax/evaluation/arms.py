@@ -17,6 +17,7 @@ from jmlr_jax.evaluation.metrics import ranking_summary
 from jmlr_jax.files import write_text
 from jmlr_jax.nn import lora
 from jmlr_jax.parallel import distributed
+from jmlr_jax.parallel.distributed import on_first
 from jmlr_jax.run.artifact import Recipe, artifact, changes
 from jmlr_jax.run.candidates import fixed_table
 from jmlr_jax.run.open import Run
@@ -48,7 +49,8 @@ def _unless_made(run: Run, recipe: Recipe, measure: Callable[[], Callable[[Path]
         console.print(f"{recipe.folder}: evaluated already, from the same")
         return
     with jax.set_mesh(run.mesh), run.timed("eval"):
-        artifact(recipe, measure(), console.print)
+        write = measure()
+        on_first(lambda: artifact(recipe, write, console.print))
 
 
 def _arm(run: Run, arm: str) -> Callable[[Path], None]:

@@ -12,11 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from jmlr_jax.config import LlamaConfig
+from jmlr_jax.errors import JmlrError
 from jmlr_jax.nn.layers import Params
 
 # Standard deviation of the residual stream at the start. The embedding is also the head: smaller values make copying a
 # change of the stream that the first updates wipe out, larger ones make the first logits too sharp to learn from.
 STREAM = 0.35
+
+
+class CopyingError(JmlrError, ValueError):
+    """A shape that cannot start as a copier."""
 
 
 def favour_copying(params: Params, cfg: LlamaConfig, strength: float, key: jax.Array) -> Params:
@@ -29,14 +34,14 @@ def favour_copying(params: Params, cfg: LlamaConfig, strength: float, key: jax.A
       key: for the orthogonal value weights and the embedding.
 
     Raises:
-      ValueError: a shape for which this start is not defined; ``generator.copy_init=0`` does without.
+      CopyingError: a shape for which this start is not defined; ``generator.copy_init=0`` does without.
     """
     if strength == 0:
         return params
     layers, D = params["layers"], cfg.hidden_size
     count, _, H, E = layers["q"].shape
     if cfg.num_kv_heads != H or not cfg.tie_embeddings or H * E != D:
-        raise ValueError(
+        raise CopyingError(
             "generator.copy_init needs num_kv_heads = num_heads, heads as wide as the model together and "
             "tie_embeddings; set generator.copy_init=0 for other shapes"
         )

@@ -17,7 +17,7 @@ from typing import Any
 
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.files import write_text
-from jmlr_jax.parallel.distributed import from_first, on_first
+from jmlr_jax.parallel.distributed import from_first
 
 RECORD = "made_from.json"
 FORMAT = 1  # raise when what artifacts hold changes its form
@@ -95,18 +95,18 @@ class Recipe:
 def changes(recipe: Recipe) -> list[str] | None:
     """How `recipe` differs from what made its folder; none if they are equal, None if nothing is there.
 
-    Of several processes the first looks.
+    Of several processes the first looks, and all must ask.
     """
-
-    def look() -> list[str] | None:
-        old = recipe.folder.with_name(f".{recipe.folder.name}.old")
-        if old.exists() and not recipe.folder.exists():  # killed between the two moves of `_make`
-            old.rename(recipe.folder)
-        made = Recipe.read(recipe.folder)
-        return None if made is None else recipe.differences(made)
-
-    found: list[str] | None = from_first(look)
+    found: list[str] | None = from_first(lambda: _changes(recipe))
     return found
+
+
+def _changes(recipe: Recipe) -> list[str] | None:
+    old = recipe.folder.with_name(f".{recipe.folder.name}.old")
+    if old.exists() and not recipe.folder.exists():  # killed between the two moves of `_make`
+        old.rename(recipe.folder)
+    made = Recipe.read(recipe.folder)
+    return None if made is None else recipe.differences(made)
 
 
 def refuse(recipe: Recipe, differ: list[str], remedy: str) -> None:
@@ -116,10 +116,10 @@ def refuse(recipe: Recipe, differ: list[str], remedy: str) -> None:
 
 
 def artifact(recipe: Recipe, make: Callable[[Path], None], said: Callable[[str], object] = lambda line: None) -> bool:
-    """Makes an artifact whole or not at all, unless it is there already; of several processes the first makes it.
+    """Makes an artifact whole or not at all, unless it is there already.
 
     One that was made by another recipe is replaced, and every difference said: callers refuse first where something
-    else was made from it.
+    else was made from it. It is made by the process that calls; of several, call it in the first (``from_first``).
 
     Args:
       make: fills the empty folder it is given.
@@ -131,12 +131,12 @@ def artifact(recipe: Recipe, make: Callable[[Path], None], said: Callable[[str],
     Raises:
       OSError: the disk; what was there before stays.
     """
-    differ = changes(recipe)
+    differ = _changes(recipe)
     if differ == []:
         return False
     for line in differ or ():
         said(f"{recipe.folder}: made again, {line}")
-    on_first(lambda: _make(recipe, make))
+    _make(recipe, make)
     return True
 
 
