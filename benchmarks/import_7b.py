@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jmlr_jax.config import LlamaConfig, MeshConfig
+from jmlr_jax.config import MeshConfig
+from jmlr_jax.config_models import LlamaConfig
 from jmlr_jax.hf.config import llama_to_hf
 from jmlr_jax.hf.io import Tensor, whole_directory, write_directory, write_json
 from jmlr_jax.hf.llama import llama_rows

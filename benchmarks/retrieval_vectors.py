@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from jmlr_jax.config import BertConfig, RetrieverConfig
+from jmlr_jax.config_models import BertConfig, RetrieverConfig
 from jmlr_jax.hf.load import load_retriever
 from jmlr_jax.nn.functional import bert_hidden
 

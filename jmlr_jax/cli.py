@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn, get_args
 
 from jmlr_jax import chatter, config_io
-from jmlr_jax.config import ArmName, Config, DType
+from jmlr_jax.config import ArmName, Config
+from jmlr_jax.config_models import DType
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.files import expanded
 from jmlr_jax.parallel.libtpu import set_flags

@@ -17,7 +17,7 @@ import transformers
 from etils import epath
 from pylate.scores import colbert_scores
 
-from jmlr_jax.config import BertConfig, RetrieverConfig
+from jmlr_jax.config_models import BertConfig, RetrieverConfig
 from jmlr_jax.data.tokenise import tokenise
 from jmlr_jax.data.tokenizers import (
     encoder,

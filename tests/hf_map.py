@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jmlr_jax.config import BertConfig, LlamaConfig, RopeScalingConfig
+from jmlr_jax.config_models import BertConfig, LlamaConfig, RopeScalingConfig
 
 
 def _numpy(module: Any) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jmlr_jax.config import Config
+from jmlr_jax.config_io import RESOLVED_NAME, save_resolved
 from jmlr_jax.parallel.sharding import make_mesh
 from jmlr_jax.run import open as run_module
 from jmlr_jax.run.open import Run
@@ -57,9 +58,11 @@ def tiny_config(run_dir: Path, **sections: Any) -> Config:
 
 def open_run(data: Path, run_dir: Path, **sections: Any) -> Run:
     """A run of :func:`tiny_config` with its own copy of the prepared data, on one device (see :func:`one_device`)."""
+    cfg = tiny_config(run_dir, **sections)
     if not (run_dir / "data").exists():
         shutil.copytree(data, run_dir / "data")
-    return Run.open(tiny_config(run_dir, **sections))
+        save_resolved(cfg, run_dir / RESOLVED_NAME)
+    return Run.open(cfg)
 
 
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmlr_jax.config import BertConfig, EncoderLoraConfig, LlamaConfig, LoraConfig, RetrieverConfig
+from jmlr_jax.config_models import BertConfig, EncoderLoraConfig, LlamaConfig, LoraConfig, RetrieverConfig
 from jmlr_jax.method.step import StepSpec
 from jmlr_jax.nn import functional as F
 from jmlr_jax.nn.lora import init_lora

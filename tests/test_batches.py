@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from jmlr_jax.config import BertConfig, Config, DataConfig, GeneratorConfig, MixConfig, RetrieverConfig, TrainConfig
+from jmlr_jax.config import Config, DataConfig, MixConfig, TrainConfig
+from jmlr_jax.config_models import BertConfig, GeneratorConfig, RetrieverConfig
 from jmlr_jax.data.batches import Prepared, assemble, question_stream
 from jmlr_jax.data.prepare import prepare
 from jmlr_jax.data.tokenizers import load_tokenizer

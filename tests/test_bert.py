@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from jmlr_jax.config import BertConfig
+from jmlr_jax.config_models import BertConfig
 from jmlr_jax.nn import functional as F
 
 bert_hidden = jax.jit(F.bert_hidden, static_argnums=1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from jmlr_jax.config import BertConfig, RetrieverConfig
+from jmlr_jax.config_models import BertConfig, RetrieverConfig
 from jmlr_jax.nn import functional as F
 
 encode_queries = jax.jit(F.encode_queries, static_argnums=1)

@@ -14,7 +14,8 @@ from runs import one_device, tiny_config
 
 from jmlr_jax import config as schema
 from jmlr_jax.commands import pipeline
-from jmlr_jax.config import Config, LlamaConfig, RopeScalingConfig, Strict
+from jmlr_jax.config import Config
+from jmlr_jax.config_models import LlamaConfig, RopeScalingConfig, Strict
 from jmlr_jax.data.sources import read_sources
 from jmlr_jax.nn.functional import abstract_params, llama_hidden
 from jmlr_jax.planning.plan import make_plan

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jmlr_jax.config import MeshConfig, RetrieverConfig
+from jmlr_jax.config import MeshConfig
+from jmlr_jax.config_models import RetrieverConfig
 from jmlr_jax.nn import functional
 from jmlr_jax.parallel.sharding import make_mesh
 from jmlr_jax.retrieval import encode

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jmlr_jax.config import LlamaConfig, LoraConfig, MeshConfig
+from jmlr_jax.config import MeshConfig
 from jmlr_jax.config_io import load
+from jmlr_jax.config_models import LlamaConfig, LoraConfig
 from jmlr_jax.data.batches import Prepared
 from jmlr_jax.data.prepare import prepare
 from jmlr_jax.data.tokenizers import load_tokenizer

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from jmlr_jax.config import LlamaConfig, LoraConfig
+from jmlr_jax.config_models import LlamaConfig, LoraConfig
 from jmlr_jax.nn import functional as F
 from jmlr_jax.nn.generate import generate
 from jmlr_jax.nn.lora import bind, init_lora, merge

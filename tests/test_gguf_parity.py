@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from jmlr_jax import cli
-from jmlr_jax.config import LlamaConfig
+from jmlr_jax.config_models import LlamaConfig
 from jmlr_jax.data.tokenizers import encoder, generator_ids, load_tokenizer
 from jmlr_jax.hf.load import load_generator
 from jmlr_jax.nn import functional as F

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 from etils import epath
 
-from jmlr_jax.config import BertConfig, Config, GeneratorConfig, LlamaConfig, RetrieverConfig
+from jmlr_jax.config import Config
+from jmlr_jax.config_models import BertConfig, GeneratorConfig, LlamaConfig, RetrieverConfig
 from jmlr_jax.hf.card import copy_legal_files, licence, model_card
 
 PREPARE = {

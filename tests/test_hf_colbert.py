@@ -23,7 +23,7 @@ from etils import epath
 from hf_colbert import BERT, CONFIGS, PASSAGES, QUERIES, colbert_ai, encode, export, pylate_itself, tokens, vectors
 
 from jmlr_jax import cli
-from jmlr_jax.config import BertConfig, RetrieverConfig
+from jmlr_jax.config_models import BertConfig, RetrieverConfig
 from jmlr_jax.data.tokenizers import load_tokenizer, retriever_ids
 from jmlr_jax.hf.bert import colbert_rows
 from jmlr_jax.hf.convert import import_checkpoint

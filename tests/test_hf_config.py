@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import transformers
 
-from jmlr_jax.config import BertConfig, LlamaConfig, RopeScalingConfig
+from jmlr_jax.config_models import BertConfig, LlamaConfig, RopeScalingConfig
 from jmlr_jax.hf.config import DECODERS, bert_from_hf, bert_to_hf, llama_from_hf, llama_to_hf, resolve
 from jmlr_jax.hf.io import HFError
 

@@ -15,7 +15,8 @@ import torch
 import transformers
 from etils import epath
 
-from jmlr_jax.config import LlamaConfig, LoraConfig, MeshConfig
+from jmlr_jax.config import MeshConfig
+from jmlr_jax.config_models import LlamaConfig, LoraConfig
 from jmlr_jax.data.tokenizers import generator_ids, load_tokenizer, train_generator_tokenizer
 from jmlr_jax.hf.convert import import_checkpoint
 from jmlr_jax.hf.export import Lora, write_adapters, write_generator

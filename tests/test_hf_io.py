@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from jmlr_jax.config import LlamaConfig, RetrieverConfig
+from jmlr_jax.config_models import LlamaConfig, RetrieverConfig
 from jmlr_jax.hf import io
 from jmlr_jax.hf.io import HFError, Tensor, read_directory, read_header, whole_directory, write_directory, write_file
 from jmlr_jax.hf.load import load_generator, load_retriever

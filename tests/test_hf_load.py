@@ -13,7 +13,7 @@ import torch
 import transformers
 from hf_map import bert_params
 
-from jmlr_jax.config import RetrieverConfig
+from jmlr_jax.config_models import RetrieverConfig
 from jmlr_jax.hf.io import HFError
 from jmlr_jax.hf.load import load_retriever
 from jmlr_jax.nn.functional import bert_hidden, encode_queries

@@ -19,7 +19,8 @@ import torch
 import transformers
 from jax.sharding import PartitionSpec
 
-from jmlr_jax.config import LlamaConfig, MeshConfig
+from jmlr_jax.config import MeshConfig
+from jmlr_jax.config_models import LlamaConfig
 from jmlr_jax.hf.export import tensors_of
 from jmlr_jax.hf.llama import llama_rows
 from jmlr_jax.hf.load import load_generator

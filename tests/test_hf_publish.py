@@ -20,7 +20,8 @@ from runs import one_device
 from jmlr_jax import cli, config_io
 from jmlr_jax.commands import export as publish
 from jmlr_jax.commands.pipeline import prepare_data
-from jmlr_jax.config import BertConfig, Config, LlamaConfig, LoraConfig
+from jmlr_jax.config import Config
+from jmlr_jax.config_models import BertConfig, LlamaConfig, LoraConfig
 from jmlr_jax.data.tokenizers import load_tokenizer, train_generator_tokenizer
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.hf.load import load_generator, load_retriever

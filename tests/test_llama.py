@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from jmlr_jax.config import LlamaConfig
+from jmlr_jax.config_models import LlamaConfig
 from jmlr_jax.nn import functional as F
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

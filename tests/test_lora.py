@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmlr_jax.config import BertConfig, EncoderLoraConfig, LlamaConfig, LoraConfig, RetrieverConfig
+from jmlr_jax.config_models import BertConfig, EncoderLoraConfig, LlamaConfig, LoraConfig, RetrieverConfig
 from jmlr_jax.nn import functional as F
 from jmlr_jax.nn.layers import TARGETS, _dropped
 from jmlr_jax.nn.lora import abstract_lora, bind, complete, init_lora, lora_axes, merge

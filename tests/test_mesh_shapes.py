@@ -23,7 +23,8 @@ import optax
 import pytest
 from steps import ENCODER_LORA, RETRIEVER, batch, frozen, spec
 
-from jmlr_jax.config import LlamaConfig, LoraConfig, MeshConfig
+from jmlr_jax.config import MeshConfig
+from jmlr_jax.config_models import LlamaConfig, LoraConfig
 from jmlr_jax.method.step import StepSpec, init_state, make_step
 from jmlr_jax.nn import functional as F
 from jmlr_jax.nn import lora

@@ -14,7 +14,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jmlr_jax import cli, config_io
-from jmlr_jax.config import Config, EncoderLoraConfig
+from jmlr_jax.config import Config
+from jmlr_jax.config_models import EncoderLoraConfig
 from jmlr_jax.parallel import libtpu
 from jmlr_jax.parallel.sharding import ShardingError
 from jmlr_jax.planning import flops, hlo, plan, programs

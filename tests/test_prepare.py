@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 from test_batches import PASSAGES, QUESTIONS, small_config
 
-from jmlr_jax.config import Config, DataConfig, GeneratorConfig, LlamaConfig, RetrieverConfig
+from jmlr_jax.config import Config, DataConfig
+from jmlr_jax.config_models import GeneratorConfig, LlamaConfig, RetrieverConfig
 from jmlr_jax.data.batches import Prepared
 from jmlr_jax.data.prepare import prepare
 from jmlr_jax.data.prepare_report import random_hit

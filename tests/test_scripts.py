@@ -169,7 +169,7 @@ def test_checks_run_and_pytest_comes_last(checkout: Checkout, script: str, more:
         "ruff format --check .",
         "mypy ",
         f"shellcheck --external-sources {' '.join(SCRIPTS)}",
-        "python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -k x",
+        f"python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder {more}-k x",
     ]
     torch = next(i for i, call in enumerate(calls) if "torch==" in call)
     package = next(i for i, call in enumerate(calls) if "--editable" in call)

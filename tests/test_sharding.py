@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from jmlr_jax.config import BertConfig, LlamaConfig, LoraConfig, MeshConfig, RetrieverConfig
+from jmlr_jax.config import MeshConfig
+from jmlr_jax.config_models import BertConfig, LlamaConfig, LoraConfig, RetrieverConfig
 from jmlr_jax.nn import functional as F
 from jmlr_jax.nn.lora import abstract_lora, lora_axes
 from jmlr_jax.parallel import sharding

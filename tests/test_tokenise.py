@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from jmlr_jax.config import Config, GeneratorConfig, RetrieverConfig
+from jmlr_jax.config import Config
+from jmlr_jax.config_models import GeneratorConfig, RetrieverConfig
 from jmlr_jax.data.prompts import Prompts, TemplateError, check_template, check_templates
 from jmlr_jax.data.schema import Passage, Question
 from jmlr_jax.data.token_table import TokenTable

@@ -18,7 +18,8 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from jmlr_jax.config import Config, GeneratorConfig, RetrieverConfig
+from jmlr_jax.config import Config
+from jmlr_jax.config_models import GeneratorConfig, RetrieverConfig
 from jmlr_jax.data import prepare_report
 from jmlr_jax.data.batches import CARD
 from jmlr_jax.data.builders import write_corpus, write_questions

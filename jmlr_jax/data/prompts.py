@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Formatter
 
-from jmlr_jax.config import Config, GeneratorConfig, RetrieverConfig
+from jmlr_jax.config import Config
+from jmlr_jax.config_models import GeneratorConfig, RetrieverConfig
 from jmlr_jax.data.schema import LETTERS, Passage, Question
 from jmlr_jax.errors import JmlrError
 

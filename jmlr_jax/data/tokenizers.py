@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from jmlr_jax.config import RetrieverConfig
+from jmlr_jax.config_models import RetrieverConfig
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.files import local_path
 

@@ -21,7 +21,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from jmlr_jax.config import Config, LlamaConfig
+from jmlr_jax.config import Config
+from jmlr_jax.config_models import LlamaConfig
 from jmlr_jax.data.batches import Batch, Prepared
 from jmlr_jax.data.tokenizers import GeneratorIds
 from jmlr_jax.evaluation.metrics import bootstrap_interval, exact_match, parse_answer, token_f1

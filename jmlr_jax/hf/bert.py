@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jmlr_jax.config import BertConfig
+from jmlr_jax.config_models import BertConfig
 from jmlr_jax.hf.table import Row
 
 PROJECTION = "linear.weight"

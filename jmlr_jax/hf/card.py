@@ -11,7 +11,8 @@ import jinja2
 import yaml
 from etils import epath
 
-from jmlr_jax.config import Config, LlamaConfig, RetrieverConfig
+from jmlr_jax.config import Config
+from jmlr_jax.config_models import LlamaConfig, RetrieverConfig
 
 ARM_TEXTS = {
     "jmlr": "retriever and generator trained together",

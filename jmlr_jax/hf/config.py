@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 
 import transformers
 
-from jmlr_jax.config import BertConfig, LlamaConfig, RopeScalingConfig
+from jmlr_jax.config_models import BertConfig, LlamaConfig, RopeScalingConfig
 from jmlr_jax.hf.io import HFError
 
 Model = TypeVar("Model", LlamaConfig, BertConfig)

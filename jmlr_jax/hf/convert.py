@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from jmlr_jax.config import BertConfig, DType, LlamaConfig, RetrieverConfig
+from jmlr_jax.config_models import BertConfig, DType, LlamaConfig, RetrieverConfig
 from jmlr_jax.data.tokenizers import load_tokenizer
 from jmlr_jax.files import any_path
 from jmlr_jax.hf import bert, config, llama

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jmlr_jax.config import LlamaConfig, LoraConfig, RetrieverConfig
+from jmlr_jax.config_models import LlamaConfig, LoraConfig, RetrieverConfig
 from jmlr_jax.data.tokenizers import GeneratorIds
 from jmlr_jax.hf import bert, config, layouts, llama
 from jmlr_jax.hf.io import SINGLE, HFError, Tensor, write_directory, write_file, write_json

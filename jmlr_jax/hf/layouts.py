@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from etils import epath
 
-from jmlr_jax.config import RetrieverConfig
+from jmlr_jax.config_models import RetrieverConfig
 from jmlr_jax.files import any_path
 from jmlr_jax.hf import bert
 from jmlr_jax.hf.io import SINGLE, Entry, HFError, read_directory, read_header, read_json

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from jmlr_jax.config import LlamaConfig
+from jmlr_jax.config_models import LlamaConfig
 from jmlr_jax.hf.table import Row
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from jmlr_jax.config import LlamaConfig, RetrieverConfig
+from jmlr_jax.config_models import LlamaConfig, RetrieverConfig
 from jmlr_jax.files import any_path
 from jmlr_jax.hf import bert, config, llama
 from jmlr_jax.hf.io import Entry, HFError, read_directory, read_json

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jmlr_jax.config import LlamaConfig, LoraConfig, RankLossName, RetrieverConfig
+from jmlr_jax.config import RankLossName
+from jmlr_jax.config_models import LlamaConfig, LoraConfig, RetrieverConfig
 from jmlr_jax.method.losses import answer_nll, pair_accuracy, rank_loss, sampling_entropy
 from jmlr_jax.method.prompt import read_prompt, reading_width
 from jmlr_jax.method.scoring import maxsim, minmax, sample, top

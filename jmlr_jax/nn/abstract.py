@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jmlr_jax.config import AdapterConfig, LlamaConfig, LoraConfig, RetrieverConfig
+from jmlr_jax.config_models import AdapterConfig, LlamaConfig, LoraConfig, RetrieverConfig
 from jmlr_jax.nn import lora
 from jmlr_jax.nn.functional import abstract_params, logical_axes
 from jmlr_jax.nn.layers import Params

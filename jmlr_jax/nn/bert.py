@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jmlr_jax.config import BertConfig
+from jmlr_jax.config_models import BertConfig
 from jmlr_jax.nn.attention import attend
 from jmlr_jax.nn.layers import (
     MLP,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jmlr_jax.config import RetrieverConfig
+from jmlr_jax.config_models import RetrieverConfig
 from jmlr_jax.nn.bert import Bert
 from jmlr_jax.nn.layers import fan_in, project, weight
 

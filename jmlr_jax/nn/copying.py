@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jmlr_jax.config import LlamaConfig
+from jmlr_jax.config_models import LlamaConfig
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.nn.layers import Params
 

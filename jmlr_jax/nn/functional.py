@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jmlr_jax.config import BertConfig, LlamaConfig, RetrieverConfig
+from jmlr_jax.config_models import BertConfig, LlamaConfig, RetrieverConfig
 from jmlr_jax.nn.bert import Bert
 from jmlr_jax.nn.colbert import Colbert
 from jmlr_jax.nn.layers import Adapters, Params

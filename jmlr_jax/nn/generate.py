@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jmlr_jax.config import LlamaConfig
+from jmlr_jax.config_models import LlamaConfig
 from jmlr_jax.nn import functional as F
 from jmlr_jax.nn.layers import Adapters, Params
 

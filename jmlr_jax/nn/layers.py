@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jmlr_jax.config import LlamaConfig, Remat
+from jmlr_jax.config_models import LlamaConfig, Remat
 from jmlr_jax.nn import attention
 from jmlr_jax.parallel.sharding import gather
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jmlr_jax.config import LlamaConfig
+from jmlr_jax.config_models import LlamaConfig
 from jmlr_jax.nn.attention import attend
 from jmlr_jax.nn.layers import (
     AXES,

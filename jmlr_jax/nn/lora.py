@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jmlr_jax.config import AdapterConfig, LlamaConfig, LoraConfig, RetrieverConfig
+from jmlr_jax.config_models import AdapterConfig, LlamaConfig, LoraConfig, RetrieverConfig
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.nn.functional import abstract_params, logical_axes
 from jmlr_jax.nn.layers import TARGETS, Adapters, Params, fan_in

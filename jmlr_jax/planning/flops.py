@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jmlr_jax.config import BertConfig, Config, LlamaConfig, RetrieverConfig
+from jmlr_jax.config import Config
+from jmlr_jax.config_models import BertConfig, LlamaConfig, RetrieverConfig
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jmlr_jax.config import RetrieverConfig
+from jmlr_jax.config_models import RetrieverConfig
 from jmlr_jax.parallel.progress import track
 from jmlr_jax.parallel.sharding import partition_spec
 from jmlr_jax.retrieval.vectors import TokenVectors

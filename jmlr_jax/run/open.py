@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jmlr_jax import config_io
-from jmlr_jax.config import Config, LlamaConfig, RetrieverConfig
+from jmlr_jax.config import Config
+from jmlr_jax.config_models import LlamaConfig, RetrieverConfig
 from jmlr_jax.data.batches import CARD, Prepared
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.files import local_path, write_text

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jmlr_jax.config import Config, LlamaConfig, OptimizerConfig, RetrieverConfig
+from jmlr_jax.config import Config, OptimizerConfig
+from jmlr_jax.config_models import LlamaConfig, RetrieverConfig
 from jmlr_jax.data.tokenizers import GeneratorIds
 from jmlr_jax.method.step import State, StepSpec, Weights, init_state, make_step, reading_loss
 from jmlr_jax.nn.abstract import abstract_adapters, abstract_weights, put
