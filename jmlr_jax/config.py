@@ -5,7 +5,8 @@ Checks that need no device are validators of these classes (phase one); checks t
 the devices are in :func:`jmlr_jax.parallel.sharding.make_mesh` (phase two).
 
 Sections of the models are in ``config_models.py``. The defaults describe the embedded closed world
-(``jmlr_jax.data.world``) and the tiny models that learn to read it on a laptop; presets in ``configs/`` hold only what differs.
+(``jmlr_jax.data.world``) and the tiny models that learn to read it on a laptop; presets in ``configs/`` hold only what
+differs.
 """
 
 from __future__ import annotations
