@@ -18,10 +18,9 @@ import jax
 import numpy as np
 from retrieval import TUNING, World
 
-from jmlr_jax.config import IndexConfig
-from jmlr_jax.retrieval import code as code_module
+from jmlr_jax.retrieval import kmeans as kmeans_module
 from jmlr_jax.retrieval import tokens as tokens_module
-from jmlr_jax.retrieval.scann import learn_code
+from jmlr_jax.retrieval.code import fit_code
 from jmlr_jax.retrieval.tokens import TokenStore, gather, score_tokens, trimmed
 
 SIZES = (32, 64, 128, 256, 512, 1024, 1 << 20)
@@ -57,20 +56,19 @@ def main() -> None:
     print("| ms | " + " | ".join("all" if size == SIZES[-1] else str(size) for size in SIZES) + " |")
     print("|---|" + "---|" * len(SIZES))
     for bits in args.bits:
-        code = learn_code(world.tokens_TxC, CORPUS_TOKENS, IndexConfig(bits=bits), seed=0)
-        assert code is not None
+        code = fit_code(world.tokens_TxC, bits, CORPUS_TOKENS, seed=0)
         on_device = jax.device_put(code)
         store = TokenStore.of(world.pieces(), code, on_device)
-        for hits, names in ((6000, ("cell",)), (1500, tuple(store.arrays))):
+        for hits, names in ((6000, ("centroid",)), (1500, tuple(store.arrays))):
             rows = rng.choice(len(store), hits, replace=False)
             work = partial(score_tokens, on_device, question, gather([store], names, rows), hits=hits)
             found = by_size(work, tokens_module, "AT_ONCE", args.rounds)
             how = "in full" if len(names) > 1 else "by centroids"
             of = f"{bits:g} bits, {hits:,} hits {how}, {len(question)} question tokens"
             print(f"| {of} | " + " | ".join(f"{1000 * s:.1f}" for s in found) + " |", flush=True)
-    tokens = world.tokens_TxC[: code_module.ASSIGN_BATCH].astype(np.float32)
-    work = partial(code_module._nearest_block, tokens, on_device.centroids_GxC)
-    found = by_size(work, code_module, "COMPARED", args.rounds)
+    tokens = world.tokens_TxC[: kmeans_module.BATCH].astype(np.float32)
+    work = partial(kmeans_module.nearest_centroid, tokens, on_device.centroids_GxC)
+    found = by_size(work, kmeans_module, "COMPARED", args.rounds)
     of = f"8,192 tokens to {len(code.centroids_GxC):,} centroids"
     print(f"| {of} | " + " | ".join(f"{1000 * s:.1f}" for s in found) + " |")
 

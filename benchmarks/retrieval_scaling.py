@@ -35,7 +35,8 @@ from scipy.optimize import nnls
 
 from jmlr_jax.config import IndexConfig
 from jmlr_jax.retrieval.build import build_index
-from jmlr_jax.retrieval.code import KMEANS_ROUNDS, TOKENS_PER_CENTROID, centroid_count
+from jmlr_jax.retrieval.code import TOKENS_PER_CENTROID, centroid_count
+from jmlr_jax.retrieval.kmeans import ROUNDS
 from jmlr_jax.retrieval.scann import SAMPLE_PASSAGES, SAMPLE_TOKENS, ScannIndex, settings
 from jmlr_jax.retrieval.store import open_index
 from jmlr_jax.retrieval.vectors import TokenVectors
@@ -184,7 +185,7 @@ def assigning(passages: float, tokens: float) -> float:
     sample = int(min(tokens, SAMPLE_TOKENS, tokens * SAMPLE_PASSAGES / passages))
     count = centroid_count(int(tokens), sample)
     fed = min(sample, count * TOKENS_PER_CENTROID)
-    return (tokens + (KMEANS_ROUNDS + 1) * fed) * count * source.DIM / 1e12
+    return (tokens + (ROUNDS + 1) * fed) * count * source.DIM / 1e12
 
 
 def sizing(points: list[dict[str, Any]], hosts: tuple[int, ...] = (1, 8, 32)) -> str:

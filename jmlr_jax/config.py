@@ -73,10 +73,9 @@ class IndexConfig(Strict):
     bits: float = Field(
         4.0, gt=0, le=16, description="of stored token vectors, per dimension; 16: float16, no code; else at most 8"
     )
-    fde_repetitions: PositiveInt = 20
-    fde_simhash_bits: PositiveInt = 6
-    fde_projection: PositiveInt = Field(16, description="width of each projected block")
-    fde_final: PositiveInt = Field(20480, description="width of the random final projection; 20480 is all of the above")
+    fde_partitions: PositiveInt = Field(
+        256, description="clusters of passage tokens; an encoding holds a passage's best token for each"
+    )
     pca_components: PositiveInt = Field(
         256, description="principal components of the encodings, learned from a sample, that ScaNN searches"
     )

@@ -16,10 +16,7 @@ CFG = IndexConfig(
     rerank=40,
     ann_recall=None,
     bits=16,
-    fde_repetitions=8,
-    fde_simhash_bits=3,
-    fde_projection=8,
-    fde_final=256,
+    fde_partitions=30,
     pca_components=100,
 )
 

@@ -36,7 +36,7 @@ def test_table_is_the_search_in_order(data, chunk, monkeypatch):
 def test_table_is_deterministic(data):
     """A saved searcher is asked twice; training is not repeated."""
     vectors, q = data
-    index = ScannIndex.build([vectors], vectors, len(vectors), IndexConfig(fde_final=256, rerank=20, bits=16), seed=0)
+    index = ScannIndex.build([vectors], vectors, len(vectors), IndexConfig(rerank=20, bits=16), seed=0)
     one, two = (build_table(index.search, [q], 23, 60)[0] for _ in range(2))
     assert one.dtype == np.int32 and one.shape == (23, 60)
     np.testing.assert_array_equal(one, two)

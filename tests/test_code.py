@@ -15,7 +15,7 @@ DIM = 16
 
 
 def unit_tokens(n, seed=0):
-    """Unit vectors around 20 topics, with most of their spread in a few directions."""
+    """Unit vectors around 20 topics, with most of their spread along a few axes."""
     rng = np.random.default_rng(seed)
     topics = np.random.default_rng(99).normal(size=(20, DIM))
     spread = np.diag(np.geomspace(1.5, 0.01, DIM))
@@ -23,9 +23,9 @@ def unit_tokens(n, seed=0):
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
-def decoded(code: TokenCode, cell, packed, gain):
+def decoded(code: TokenCode, ids, residuals, gain):
     """The stated formula in plain numpy, bit by bit."""
-    level = np.zeros((len(cell), DIM))
+    level = np.zeros((len(ids), DIM))
     at = start = 0
     for bits, count in code.widths:
         planes = {3: (2, 1)}.get(bits, (bits,)) if bits else ()  # three bits: the lower two of all, the upper of all
@@ -34,13 +34,13 @@ def decoded(code: TokenCode, cell, packed, gain):
             per = 8 // plane
             for entry in range(count):
                 byte, place = entry % (count // per), entry // (count // per)
-                value = (packed[:, at + byte].astype(int) >> (plane * place)) & (2**plane - 1)
+                value = (residuals[:, at + byte].astype(int) >> (plane * place)) & (2**plane - 1)
                 level[:, start + entry] += value * 2**lower
             at, lower = at + plane * count // 8, lower + plane
         level[:, start : start + count] -= (2**bits - 1) / 2 if bits else 0
         start += count
     residual = (level * code.step_C) @ code.rotate_CxC.T
-    return (0.8 + gain[:, None] / 400) * (code.centroids_GxC[cell] + code.scale_G[cell, None] * residual)
+    return code.mean_C + (0.8 + gain[:, None] / 400) * (code.centroids_GxC[ids] + code.scale_G[ids, None] * residual)
 
 
 @pytest.fixture(scope="module")
@@ -55,22 +55,23 @@ def coded(code, x):
 @pytest.mark.parametrize("bits, bound", [(1, 0.25), (2, 0.12), (3, 0.05), (4, 0.02), (8, 0.001)])
 def test_more_bits_less_error(tokens, bits, bound):
     code = fit_code(tokens, bits, len(tokens), seed=0)
-    cell, packed, gain = coded(code, tokens)
-    assert packed.shape == (3000, bits * DIM // 8) and packed.dtype == np.uint8 and cell.dtype == np.uint16
-    error = np.mean(np.sum((decoded(code, cell, packed, gain) - tokens) ** 2, axis=1))
+    ids, residuals, gain = coded(code, tokens)
+    assert residuals.shape == (3000, bits * DIM // 8) and residuals.dtype == np.uint8 and ids.dtype == np.uint16
+    error = np.mean(np.sum((decoded(code, ids, residuals, gain) - tokens) ** 2, axis=1))
     assert error < bound
-    # The gain undoes the shortening.
-    np.testing.assert_allclose(np.linalg.norm(decoded(code, cell, packed, gain), axis=1), 1, atol=0.002)
+    # The gain undoes the shortening of what is coded.
+    lengths = [np.linalg.norm(x - code.mean_C, axis=1) for x in (decoded(code, ids, residuals, gain), tokens)]
+    np.testing.assert_allclose(*lengths, rtol=0.002)
 
 
 @pytest.mark.parametrize("widths", [((2, 16),), ((3, 16),), ((4, 8), (3, 8)), ((8, 8), (1, 8)), ((3, 8), (0, 8))])
 def test_scores_of_coded_tokens_are_those_of_the_decoded(tokens, widths, monkeypatch):
     monkeypatch.setattr(module, "bit_widths", lambda variance, budget: widths)
     code = fit_code(tokens, 2, len(tokens), seed=0)
-    cell, packed, gain = coded(code, tokens[:50])
+    ids, residuals, gain = coded(code, tokens[:50])
     q = unit_tokens(5, seed=7)
-    found = similarity(code, asked(code, q), {"cell": cell, "packed": packed, "gain": gain})
-    np.testing.assert_allclose(found, decoded(code, cell, packed, gain) @ q.T, atol=1e-5)
+    found = similarity(code, asked(code, q), {"centroid": ids, "residual": residuals, "gain": gain})
+    np.testing.assert_allclose(found, decoded(code, ids, residuals, gain) @ q.T, atol=1e-5)
 
 
 def test_bits_go_where_the_spread_is(tokens):
@@ -128,8 +129,8 @@ def test_store_scores_like_numpy_and_survives_the_disk(tokens, bits, tmp_path):
     alone = score_tokens(code, q[0], gather([store], store.arrays, rows[0]), hits=4)
     np.testing.assert_allclose(alone, score_tokens(code, q[0], tiles, hits=4), rtol=1e-5)
     if code is not None:
-        rough = score_tokens(code, q[0], gather([store, other], ["cell"], rows[0]), hits=4)
-        cells = code.centroids_GxC[store.arrays["cell"][: lengths[0]]]
+        rough = score_tokens(code, q[0], gather([store, other], ["centroid"], rows[0]), hits=4)
+        cells = code.mean_C + code.centroids_GxC[store.arrays["centroid"][: lengths[0]]]
         assert rough[1] == pytest.approx((q[0] @ cells.T).max(1).sum(), abs=1e-4)
 
 
@@ -153,4 +154,4 @@ def test_code_is_a_tree():
     """It crosses into compiled functions; its widths are part of their shape."""
     code = fit_code(unit_tokens(200), 1, 200, seed=0)
     leaves, form = jax.tree.flatten(code)
-    assert len(leaves) == 4 and jax.tree.unflatten(form, leaves).widths == code.widths
+    assert len(leaves) == 5 and jax.tree.unflatten(form, leaves).widths == code.widths

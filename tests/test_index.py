@@ -162,8 +162,8 @@ def test_centroids_choose_what_is_scored_in_full():
     store, code = searcher.parts[0].tokens, searcher.code
     found, scores = searcher.search(q, 5)
     for i in range(len(q)):
-        cells = [code.centroids_GxC[store.arrays["cell"][store.offsets[r] : store.offsets[r + 1]]] for r in hits[i]]
-        rough = np.array([(q[i] @ c.T).max(1).sum() for c in cells])
+        ids = [store.arrays["centroid"][store.offsets[row] : store.offsets[row + 1]] for row in hits[i]]
+        rough = np.array([(q[i] @ (code.mean_C + code.centroids_GxC[of]).T).max(1).sum() for of in ids])
         by_device = searcher.rough_score(q[i : i + 1], hits[i : i + 1])[0]
         np.testing.assert_allclose(by_device, rough, atol=1e-5)
         left = hits[i][np.lexsort((hits[i], -by_device))[:100]]  # equal ones in row order
@@ -275,7 +275,7 @@ def streamed(encode_rows, passages, q, **changes):
 
 @pytest.mark.parametrize("kind, sampled", [("exact", 0), ("scann", 60), ("scann", 300)])
 def test_every_passage_is_encoded_once(monkeypatch, kind, sampled):
-    """Those that code and directions are learned from first; the index is that of a corpus in memory."""
+    """Those that code and encoding are learned from first; the index is that of a corpus in memory."""
     monkeypatch.setattr(build_module, "SAMPLE_PASSAGES", sampled)
     monkeypatch.setattr(build_module, "BATCH", 37)
     vectors, q = clustered(300, 20)

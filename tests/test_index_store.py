@@ -93,8 +93,8 @@ def flip(path):
 
 
 FILES = [
-    "packed.npy",
-    "cell.npy",
+    "residual.npy",
+    "centroid.npy",
     "gain.npy",
     "offsets.npy",
     "settings.json",
@@ -122,7 +122,7 @@ def test_damaged_files_are_refused(saved, damage, said):
 
 def test_unknown_files_are_refused(saved):
     """ScaNN would unpickle this one."""
-    (folder_with(saved, "packed.npy") / "scann" / "scann_docids.pkl").write_bytes(b"")
+    (folder_with(saved, "residual.npy") / "scann" / "scann_docids.pkl").write_bytes(b"")
     with pytest.raises(IndexUnusable, match="scann_docids.pkl: not part"):
         open_index(saved, *MINE)
 

@@ -18,7 +18,7 @@ from jmlr_jax.retrieval.vectors import EncodeRows, TokenVectors, drawn_rows
 
 
 def sample_rows(passages: int, seed: int) -> np.ndarray:
-    """Rows of the passages from which code and directions are learned, in order, int64."""
+    """Rows of the passages from which code and encoding are learned, in order, int64."""
     return drawn_rows(passages, SAMPLE_PASSAGES, seed)
 
 
@@ -36,7 +36,7 @@ def build_index(
 ) -> Index:
     """Builds the index that ``cfg.kind`` names ("auto": exact below ``cfg.exact_below`` passages); tunes, measures it.
 
-    Every passage is encoded once: first those that code and directions are learned from, then the others as they pass.
+    Every passage is encoded once: first those that code and encoding are learned from, then the others as they pass.
     Beside the sample no more than a few blocks are held uncoded, unless the index is an exact one. The exact oracle
     sees each block as it passes.
 

@@ -1,10 +1,12 @@
-"""Token vectors in a few bits a dimension: the nearest centroid, and a residual in its main directions.
+"""Token vectors in a few bits a dimension: the mean of all, the nearest centroid, and a residual along its components.
 
-Letters: G centroids, C width of a vector, E bytes of a coded residual, T tokens, H hits of a question.
+Letters: G centroids, C width of a vector, E bytes of a residual code, T tokens, H hits of a question.
 
-A token is ``gain * (centroid[cell] + scale[cell] * rotate @ (level * step))``. Levels are small integers: 8, 4, 3, 2, 1
-or 0 bits each, more for directions in which residuals spread more, so that the squared error is least for the bytes
-spent (reverse water-filling). Scoring rotates the question once and never builds the vectors (:func:`similarity`).
+A token is ``mean + gain * (centroid[id] + scale[id] * rotate @ (level * step))``. Levels are small integers: 8, 4, 3,
+2, 1 or 0 bits each, more for principal components along which residuals spread more, so that the squared error is least
+for the bytes spent (reverse water-filling). What all tokens have in common is kept once and exactly: vectors of modern
+encoders are mostly that, and rounding it would drown what tells them apart. Scoring rotates the question once and never
+builds the vectors (:func:`similarity`).
 """
 
 from __future__ import annotations
@@ -20,18 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jmlr_jax.retrieval.kmeans import centroid_ids, kmeans, nearest_centroid
+
 # Of a unit Gaussian cut into 2^b equal steps: the step of least squared error, and that error (Max, 1960).
 STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 0.0308}
 ERROR = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 8: 0.0001}
-GROUP = 8  # directions that share a number of bits: whole bytes at every width
-KMEANS_ROUNDS, TOKENS_PER_CENTROID = 8, 40
-ASSIGN_BATCH = 8192  # tokens in one call
-COMPARED = 256  # tokens compared with all centroids at a time: products that fit a CPU's cache (docs/benchmarks.md)
+GROUP = 8  # components that have the same number of bits: whole bytes at every width
+TOKENS_PER_CENTROID = 40  # of the sample that k-means is fed
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["centroids_GxC", "scale_G", "rotate_CxC", "step_C"],
+    data_fields=["mean_C", "centroids_GxC", "scale_G", "rotate_CxC", "step_C"],
     meta_fields=["widths"],
 )
 @dataclass(frozen=True)
@@ -39,13 +41,15 @@ class TokenCode:
     """What was learned from a sample of tokens; arrays float32.
 
     Attributes:
-      centroids_GxC: at most 65,536.
+      mean_C: of the sample.
+      centroids_GxC: of vectors less the mean; at most 65,536.
       scale_G: root mean square of a residual's entries, for each centroid.
-      rotate_CxC: orthogonal; columns are directions of residuals, those with most bits first.
+      rotate_CxC: orthogonal; columns are principal components of residuals, those with most bits first.
       step_C: width of a level, in units of ``scale``.
-      widths: ``((bits, directions), ...)`` with falling bits; directions add up to C, those of 0 bits are not stored.
+      widths: ``((bits, components), ...)`` with falling bits; components add up to C, those of 0 bits are not stored.
     """
 
+    mean_C: np.ndarray
     centroids_GxC: np.ndarray
     scale_G: np.ndarray
     rotate_CxC: np.ndarray
@@ -54,12 +58,12 @@ class TokenCode:
 
     @property
     def residual_bytes(self) -> int:
-        """E, bytes of a coded residual."""
+        """E, bytes of a residual code."""
         return sum(bits * count for bits, count in self.widths) // 8
 
 
 def bit_widths(variance_C: np.ndarray, budget: int) -> tuple[tuple[int, int], ...]:
-    """Bits for directions of falling variance, whole groups of :data:`GROUP`, ``budget`` bits in all at most.
+    """Bits for components of falling variance, whole groups of :data:`GROUP`, ``budget`` bits in all at most.
 
     >>> bit_widths(np.array([16.0] * 8 + [1.0] * 8 + [0.001] * 8), 48)
     ((4, 8), (2, 8), (0, 8))
@@ -109,41 +113,44 @@ def fit_code(sample_TxC: np.ndarray, bits: float, tokens: int, seed: int) -> Tok
             "set index.bits=16 to store them as they are"
         )
     sample_TxC = sample_TxC.astype(np.float32)
+    mean_C = sample_TxC.mean(0)
+    sample_TxC -= mean_C
     rng = np.random.default_rng(seed)
     count = centroid_count(tokens, len(sample_TxC))
     fed = sample_TxC
     if len(fed) > count * TOKENS_PER_CENTROID:
         fed = fed[rng.choice(len(fed), count * TOKENS_PER_CENTROID, replace=False)]
     # As they are kept on disk.
-    centroids_GxC = _kmeans(fed, count, rng).astype(np.float16).astype(np.float32)
-    cell_T = _nearest(fed, centroids_GxC)
-    residual_TxC = fed - centroids_GxC[cell_T]
-    energy_G = np.bincount(cell_T, (residual_TxC**2).sum(1), count)
-    tokens_G = np.bincount(cell_T, minlength=count)
+    centroids_GxC = kmeans(fed, count, rng).astype(np.float16).astype(np.float32)
+    id_T = centroid_ids(fed, centroids_GxC)
+    residual_TxC = fed - centroids_GxC[id_T]
+    energy_G = np.bincount(id_T, (residual_TxC**2).sum(1), count)
+    tokens_G = np.bincount(id_T, minlength=count)
     dim = fed.shape[1]
     # A centroid with few tokens of its own leans on the mean of all.
     typical = energy_G.sum() / max(1, tokens_G.sum())
     scale_G = np.sqrt(np.maximum((energy_G + typical) / (tokens_G + 1) / dim, 1e-8)).astype(np.float32)
-    scaled_TxC = residual_TxC / scale_G[cell_T, None]
-    _, directions = np.linalg.eigh((scaled_TxC.T @ scaled_TxC / len(scaled_TxC)).astype(np.float64))
-    rotate_CxC = np.ascontiguousarray(directions[:, ::-1]).astype(np.float32)
+    scaled_TxC = residual_TxC / scale_G[id_T, None]
+    _, components = np.linalg.eigh((scaled_TxC.T @ scaled_TxC / len(scaled_TxC)).astype(np.float64))
+    rotate_CxC = np.ascontiguousarray(components[:, ::-1]).astype(np.float32)
     deviation_C = (scaled_TxC @ rotate_CxC).std(0) + 1e-9
     widths = bit_widths(deviation_C**2, int(bits * dim))
     factor_C = np.concatenate([np.full(n, STEP.get(b, 0.0)) for b, n in widths])
-    return TokenCode(centroids_GxC, scale_G, rotate_CxC, (deviation_C * factor_C).astype(np.float32), widths)
+    step_C = (deviation_C * factor_C).astype(np.float32)
+    return TokenCode(mean_C, centroids_GxC, scale_G, rotate_CxC, step_C, widths)
 
 
 @jax.jit
 def encode_tokens(code: TokenCode, x_TxC: Array) -> tuple[Array, Array, Array]:
-    """Codes of vectors: cell uint16 [T], packed residuals uint8 [T, E], gain uint8 [T].
+    """Codes of vectors: centroid id uint16 [T], residual code uint8 [T, E], gain uint8 [T].
 
-    The gain brings the coded vector back to length 1: rounding to levels shortens vectors, by a different amount each,
-    which would change the order of passages. It is stored as :func:`gain_of` reads it.
+    The gain gives what is coded, the vector less the mean, its length back: rounding to levels shortens vectors, by a
+    different amount each, which would change the order of passages. It is stored as :func:`gain_of` reads it.
     """
-    x_TxC = x_TxC.astype(jnp.float32)
-    cell_T = _nearest_block(x_TxC, code.centroids_GxC)
-    scale_Tx1 = jnp.asarray(code.scale_G)[cell_T][:, None]
-    residual_TxC = (x_TxC - jnp.asarray(code.centroids_GxC)[cell_T]) / scale_Tx1
+    x_TxC = x_TxC.astype(jnp.float32) - code.mean_C
+    id_T = nearest_centroid(x_TxC, code.centroids_GxC)
+    scale_Tx1 = jnp.asarray(code.scale_G)[id_T][:, None]
+    residual_TxC = (x_TxC - jnp.asarray(code.centroids_GxC)[id_T]) / scale_Tx1
     turned_TxC = jnp.matmul(residual_TxC, code.rotate_CxC, precision=jax.lax.Precision.HIGHEST)
     at, packed, levels = 0, [], []
     for bits, count in code.widths:
@@ -158,20 +165,23 @@ def encode_tokens(code: TokenCode, x_TxC: Array) -> tuple[Array, Array, Array]:
         at += count
     found = jnp.concatenate(levels, 1) * code.step_C
     turned_centroids = jnp.matmul(code.centroids_GxC, code.rotate_CxC, precision=jax.lax.Precision.HIGHEST)
-    length_T = jnp.linalg.norm(turned_centroids[cell_T] + scale_Tx1 * found, axis=1)
-    gain_T = jnp.clip(jnp.round((1 / jnp.maximum(length_T, 0.5) - 0.8) * 400), 0, 255).astype(jnp.uint8)
+    length_T = jnp.linalg.norm(turned_centroids[id_T] + scale_Tx1 * found, axis=1)
+    gain_T = jnp.linalg.norm(x_TxC, axis=1) / jnp.maximum(length_T, 1e-6)
+    gain_T = jnp.clip(jnp.round((gain_T - 0.8) * 400), 0, 255).astype(jnp.uint8)
     bytes_TxE = jnp.concatenate(packed, 1) if packed else jnp.zeros((len(x_TxC), 0), jnp.uint8)
-    return cell_T.astype(jnp.uint16), bytes_TxE, gain_T
+    return id_T.astype(jnp.uint16), bytes_TxE, gain_T
 
 
 class Asked(NamedTuple):
     """What of a question meets coded tokens; made once, whatever it is compared with.
 
     Attributes:
+      mean_Q: float32, products with the mean.
       centroid_GxQ: float32, products with all centroids.
-      turned_QxC: float32, along the directions of residuals, in steps of their levels.
+      turned_QxC: float32, along the components of residuals, in steps of their levels.
     """
 
+    mean_Q: Array
     centroid_GxQ: Array
     turned_QxC: Array
 
@@ -179,7 +189,8 @@ class Asked(NamedTuple):
 def asked(code: TokenCode, q_QxC: Array) -> Asked:
     """A question's tokens, made ready for :func:`similarity`."""
     q_QxC, product = q_QxC.astype(jnp.float32), partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    return Asked(product(code.centroids_GxC, q_QxC.T), product(q_QxC, code.rotate_CxC) * code.step_C)
+    turned_QxC = product(q_QxC, code.rotate_CxC) * code.step_C
+    return Asked(product(q_QxC, code.mean_C), product(code.centroids_GxC, q_QxC.T), turned_QxC)
 
 
 def similarity(code: TokenCode, question: Asked, tokens: Mapping[str, Array]) -> Array:
@@ -188,24 +199,25 @@ def similarity(code: TokenCode, question: Asked, tokens: Mapping[str, Array]) ->
     Args:
       code: of the tokens.
       question: from :func:`asked`.
-      tokens: ``cell`` [...], ``packed`` [..., E] and ``gain`` [...]; of ``cell`` alone, products with centroids.
+      tokens: ``centroid`` (ids) [...], ``residual`` (codes) [..., E] and ``gain`` [...]; of ``centroid`` alone,
+        products with mean and centroid.
     """
-    found = question.centroid_GxQ[tokens["cell"]]
-    if "packed" not in tokens:
-        return found
+    found = question.centroid_GxQ[tokens["centroid"]]
+    if "residual" not in tokens:
+        return found + question.mean_Q
     residual: Array | float = 0.0
     at = kept = 0
     # A product for each width, of levels as they are packed: joining or centring them first takes five times as long.
     for bits, count in code.widths:
         if bits:
             size = bits * count // 8
-            level = _unpack(tokens["packed"][..., at : at + size], bits).astype(jnp.float32)
+            level = _unpack(tokens["residual"][..., at : at + size], bits).astype(jnp.float32)
             part_QxC = question.turned_QxC[:, kept : kept + count]
             residual += jnp.einsum("...c,qc->...q", level, part_QxC, precision=jax.lax.Precision.HIGHEST)
             residual -= (2**bits - 1) / 2 * jnp.sum(part_QxC, 1)
             at, kept = at + size, kept + count
-    found += jnp.asarray(code.scale_G)[tokens["cell"]][..., None] * residual
-    return found * gain_of(tokens["gain"])[..., None]
+    found += jnp.asarray(code.scale_G)[tokens["centroid"]][..., None] * residual
+    return found * gain_of(tokens["gain"])[..., None] + question.mean_Q
 
 
 def gain_of(gain: Array) -> Array:
@@ -244,39 +256,3 @@ def _unpack(packed: Array, bits: int) -> Array:
     # On a CPU, joining four or eight blocks takes longer than this, joining two less.
     blocks = (packed[..., None, :] >> jnp.array(shifts, jnp.uint8)[:, None]) & mask
     return blocks.reshape(*packed.shape[:-1], -1)
-
-
-@jax.jit
-def _nearest_block(x_TxC: Array, centroids_GxC: Array) -> Array:
-    half_G, number_G = jnp.sum(jnp.square(centroids_GxC), 1) / 2, jnp.arange(len(centroids_GxC), dtype=jnp.int32)
-
-    def nearest(x_C: Array) -> Array:
-        score_G = centroids_GxC @ x_C - half_G  # |x - c|^2 without |x|^2, halved, the sign turned
-        # The first of the best, as argmax says it: a CPU takes twice as long over pairs of value and place.
-        return jnp.min(jnp.where(score_G == jnp.max(score_G), number_G, len(number_G) - 1))
-
-    return jax.lax.map(nearest, x_TxC, batch_size=COMPARED)
-
-
-def _nearest(x_TxC: np.ndarray, centroids_GxC: np.ndarray) -> np.ndarray:
-    """Nearest centroid of every token, int32 [T], a batch of one compiled shape at a time."""
-    size = min(ASSIGN_BATCH, len(x_TxC))
-    out = np.empty(len(x_TxC), np.int32)
-    for first in range(0, len(x_TxC), size):
-        first = min(first, len(x_TxC) - size)  # the last batch overlaps the one before it
-        out[first : first + size] = _nearest_block(x_TxC[first : first + size], centroids_GxC)
-    return out
-
-
-def _kmeans(x_TxC: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Lloyd's rounds from random tokens; a centroid that lost all its tokens starts again at a random one."""
-    centroids_GxC = x_TxC[rng.choice(len(x_TxC), count, replace=False)].copy()
-    for _ in range(KMEANS_ROUNDS):
-        cell_T = _nearest(x_TxC, centroids_GxC)
-        order = np.argsort(cell_T, kind="stable")
-        used, starts = np.unique(cell_T[order], return_index=True)
-        sums = np.add.reduceat(x_TxC[order], starts, axis=0)
-        centroids_GxC[used] = sums / np.diff([*starts, len(order)])[:, None]
-        lost = np.setdiff1d(np.arange(count), used)
-        centroids_GxC[lost] = x_TxC[rng.choice(len(x_TxC), len(lost), replace=False)]
-    return centroids_GxC

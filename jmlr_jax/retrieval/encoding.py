@@ -1,8 +1,8 @@
-"""The single vectors that ScaNN searches: MUVERA's, reduced to the main directions of this corpus.
+"""The single vectors that ScaNN searches: fixed-dimensional encodings reduced to their principal components.
 
-Letters as in :mod:`jmlr_jax.retrieval.fde`, and D directions. MUVERA's random final projection keeps products up to a
-noise that grows as it narrows; the main directions of encodings of sampled passages, an orthogonal basis, keep most of
-what tells these passages apart in far fewer numbers (docs/benchmarks.md).
+Letters as in :mod:`jmlr_jax.retrieval.fde`, and D components. A random projection keeps products up to a noise that
+grows as it narrows; the principal components of encodings of sampled passages, an orthogonal basis, keep most of what
+tells these passages apart in far fewer numbers (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -14,24 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jmlr_jax.config import IndexConfig
-from jmlr_jax.retrieval.fde import FDEParams, init_fde, passage_fde, query_fde
+from jmlr_jax.retrieval.fde import FDE, passage_fde, query_fde
 from jmlr_jax.retrieval.vectors import TokenVectors
 
 BATCH = 1024  # passages encoded at once
-SAMPLE = 4096  # passages whose encodings give the directions
+SAMPLE = 4096  # passages whose encodings give the components
 
 
 class Encoding(NamedTuple):
     """How passages and questions become single vectors.
 
     Attributes:
-      draws: of the fixed-dimensional encoding.
+      fde: the fixed-dimensional encoding.
       mean_F: float32, of sampled passages' encodings.
-      basis_FxD: float32, orthonormal columns, main directions first; of width 0 where nothing is reduced.
+      basis_FxD: float32, orthonormal columns, principal components in order; of width 0 where nothing is reduced.
     """
 
-    draws: FDEParams
+    fde: FDE
     mean_F: np.ndarray
     basis_FxD: np.ndarray
 
@@ -41,37 +40,35 @@ class Encoding(NamedTuple):
         return self.basis_FxD.shape[1] or len(self.mean_F)
 
 
-def plain_encoding(cfg: IndexConfig, dim: int, seed: int) -> Encoding:
+def plain_encoding(fde: FDE) -> Encoding:
     """The fixed-dimensional encodings as they are."""
-    draws = init_fde(cfg, dim, seed)
-    width = draws.order_GxF.shape[1]
-    return Encoding(draws, np.zeros(width, np.float32), np.zeros((width, 0), np.float32))
+    return Encoding(fde, np.zeros(fde.width, np.float32), np.zeros((fde.width, 0), np.float32))
 
 
-def reduced(encoding: Encoding, sample_SxF: np.ndarray, directions: int) -> Encoding:
-    """A plain encoding reduced to the main directions of sampled passages' vectors.
+def reduced(encoding: Encoding, sample_NxF: np.ndarray, components: int) -> Encoding:
+    """A plain encoding reduced to the principal components of sampled passages' vectors.
 
-    No more directions are kept than the sample spans: a corpus that is all in the sample loses nothing but what is the
-    same for every passage.
+    No more components are kept than the sample spans: a corpus that is all in the sample loses nothing but what is the
+    same for every passage. The sample is overwritten.
     """
-    if directions >= sample_SxF.shape[1] or len(sample_SxF) < 2:
+    if components >= sample_NxF.shape[1] or len(sample_NxF) < 2:
         return encoding
-    mean_F = sample_SxF.mean(0)
-    centred = sample_SxF - mean_F
-    # The small side's products: S x S where there are fewer passages than numbers in a vector.
-    values, vectors = np.linalg.eigh((centred @ centred.T).astype(np.float64))
-    keep = min(directions, int(np.sum(values > 1e-6 * max(values[-1], 1e-12))))
+    mean_F = sample_NxF.mean(0)
+    centred_NxF = np.subtract(sample_NxF, mean_F, out=sample_NxF)  # half a gigabyte is not held twice
+    # The small side's products: there are fewer passages than numbers in a vector.
+    values, vectors = np.linalg.eigh((centred_NxF @ centred_NxF.T).astype(np.float64))
+    keep = min(components, int(np.sum(values > 1e-6 * max(values[-1], 1e-12))))
     if keep < 1:  # all sampled passages are alike
         return encoding
-    basis = centred.T @ (vectors[:, ::-1][:, :keep] / np.sqrt(values[::-1][:keep]))
+    basis = centred_NxF.T @ (vectors[:, ::-1][:, :keep] / np.sqrt(values[::-1][:keep]))
     basis = np.ascontiguousarray(basis).astype(np.float16).astype(np.float32)  # as it is kept on disk
-    return Encoding(encoding.draws, mean_F.astype(np.float32), basis)
+    return Encoding(encoding.fde, mean_F.astype(np.float32), basis)
 
 
 @jax.jit
 def query_vectors(encoding: Encoding, q_NxQxC: Array) -> Array:
     """Questions as single vectors, float32 [N, D]."""
-    fde_NxF = query_fde(encoding.draws, q_NxQxC)
+    fde_NxF = query_fde(encoding.fde, q_NxQxC)
     if not encoding.basis_FxD.shape[1]:
         return fde_NxF
     return jnp.matmul(fde_NxF, encoding.basis_FxD, precision=jax.lax.Precision.HIGHEST)
@@ -79,7 +76,7 @@ def query_vectors(encoding: Encoding, q_NxQxC: Array) -> Array:
 
 @jax.jit
 def _passage_vectors(encoding: Encoding, p_NxPxC: Array, keep_NxP: Array) -> Array:
-    fde_NxF = passage_fde(encoding.draws, p_NxPxC, keep_NxP)
+    fde_NxF = passage_fde(encoding.fde, p_NxPxC, keep_NxP)
     if not encoding.basis_FxD.shape[1]:
         return fde_NxF
     return jnp.matmul(fde_NxF - encoding.mean_F, encoding.basis_FxD, precision=jax.lax.Precision.HIGHEST)

@@ -1,7 +1,16 @@
-"""One fixed-dimensional vector per question or passage whose inner product estimates MaxSim (MUVERA, arXiv 2405.19504).
+"""One fixed-dimensional vector per question or passage whose inner product estimates MaxSim.
 
-Letters: R repetitions, H SimHash bits, S = 2^H partitions, C token-vector width, W projected width,
-E = R * S * W width before the final projection, F width after it.
+The idea is MUVERA's (arXiv 2405.19504): space is cut into partitions; a question adds up its tokens in each, a passage
+has one value in each, and products of these add up to an estimate of MaxSim. How it is cut and valued differs, each for
+what it measures (docs/benchmarks.md):
+
+- Partitions are clusters of this corpus's tokens, one set of them, not cells between many sets of random hyperplanes.
+- A passage's value in a partition is the whole token that answers the partition's centroid best, as in MaxSim, not a
+  projected mean of those that lie there. The centroid stands for the question tokens around it.
+- Tokens are taken less their mean, which changes the order of no passages. Modern encoders give vectors with a large
+  common part: partitions would be cut along what all tokens share, and values would be rounded with it.
+
+Letters: S partitions, C token-vector width, F = S * C width of an encoding.
 """
 
 from __future__ import annotations
@@ -13,109 +22,67 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jmlr_jax.config import IndexConfig
+from jmlr_jax.retrieval.kmeans import kmeans, nearest_centroid
 
-SIGNS = np.array([-1, 1], np.float32)
-FAR = 1 << 20  # Hamming distance of a masked token: further than any real one
+TOKENS_PER_PARTITION = 256  # of the sample that k-means is fed
+AT_ONCE = 16  # passages encoded together: products that fit a CPU's cache
 
 
-class FDEParams(NamedTuple):
-    """The random draws; saved with an index, so that a library's generator may change without harm.
+class FDE(NamedTuple):
+    """What an encoding was learned as; saved with an index.
 
     Attributes:
-      hash_RxCxH: float32 Gaussian directions, one SimHash bit each.
-      project_RxCxW: float32 signs / sqrt(W), or the identity where W is C.
-      order_GxF: int32 in [0, E]; output f adds up the entries order[:, f]. E stands for a zero.
-      sign_GxF: float32, -1 or 1.
+      mean_C: float32, of passages' tokens.
+      centroids_SxC: float32, of passages' tokens less their mean.
     """
 
-    hash_RxCxH: np.ndarray
-    project_RxCxW: np.ndarray
-    order_GxF: np.ndarray
-    sign_GxF: np.ndarray
+    mean_C: np.ndarray
+    centroids_SxC: np.ndarray
+
+    @property
+    def width(self) -> int:
+        """F."""
+        return self.centroids_SxC.size
 
 
-def init_fde(cfg: IndexConfig, dim: int, seed: int) -> FDEParams:
-    """Draws the partitions and projections.
+def fit_fde(tokens_TxC: np.ndarray, partitions: int, seed: int) -> FDE:
+    """Learns mean and partitions from sampled passages' tokens, of which there is one at least; float16 or float32.
 
-    The inner projection is random signs (paper, section 2). The final projection is a count sketch whose buckets
-    are equally full: a random signed permutation folded into F columns, the same estimate as a dense sign matrix
-    at the price of a gather. A width that is no reduction (``fde_projection`` >= C, ``fde_final`` >= E) projects
-    nothing.
+    No more partitions are made than there are tokens.
     """
     rng = np.random.default_rng(seed)
-    repetitions, width = cfg.fde_repetitions, min(cfg.fde_projection, dim)
-    hashes = rng.normal(size=(repetitions, dim, cfg.fde_simhash_bits)).astype(np.float32)
-    if width < dim:
-        project = rng.choice(SIGNS, size=(repetitions, dim, width)) / np.sqrt(np.float32(width))
-    else:
-        project = np.broadcast_to(np.eye(dim, dtype=np.float32), (repetitions, dim, dim))
-    entries = repetitions * 2**cfg.fde_simhash_bits * width
-    if cfg.fde_final < entries:
-        groups = -(-entries // cfg.fde_final)
-        order = rng.permutation(entries)
-        order = np.concatenate([order, np.full(groups * cfg.fde_final - entries, entries)])
-        sign = rng.choice(SIGNS, size=order.shape)
-    else:
-        groups, order, sign = 1, np.arange(entries), np.ones(entries, np.float32)
-    return FDEParams(
-        hashes, np.ascontiguousarray(project), order.astype(np.int32).reshape(groups, -1), sign.reshape(groups, -1)
-    )
-
-
-def _partition(tokens_NxTxC: Array, hash_CxH: Array) -> Array:
-    """SimHash bucket of every token, int32 [N, T] in [0, 2^H); bit j is the side of hyperplane j."""
-    side = jnp.einsum("ntc,ch->nth", tokens_NxTxC, hash_CxH, precision=jax.lax.Precision.HIGHEST) > 0
-    return jnp.sum(side << jnp.arange(hash_CxH.shape[1]), axis=-1)
-
-
-def _fold(params: FDEParams, blocks_RxNxSxW: Array) -> Array:
-    """Concatenated blocks [N, E] through the final projection, [N, F]."""
-    repetitions, n = blocks_RxNxSxW.shape[:2]
-    entries_NxE = jnp.moveaxis(blocks_RxNxSxW, 0, 1).reshape(n, -1)
-    padded = jnp.pad(entries_NxE, ((0, 0), (0, 1)))
-    return jnp.sum(padded[:, params.order_GxF] * params.sign_GxF, axis=1)
+    mean_C = tokens_TxC.mean(0, dtype=np.float32)
+    partitions = min(partitions, len(tokens_TxC))
+    if len(tokens_TxC) > partitions * TOKENS_PER_PARTITION:
+        tokens_TxC = tokens_TxC[rng.choice(len(tokens_TxC), partitions * TOKENS_PER_PARTITION, replace=False)]
+    return FDE(mean_C, kmeans(tokens_TxC.astype(np.float32) - mean_C, partitions, rng))
 
 
 @jax.jit
-def query_fde(params: FDEParams, q_NxQxC: Array) -> Array:
-    """Encodings of questions: in every partition the sum of its tokens, float32 [N, F].
+def query_fde(fde: FDE, q_NxQxC: Array) -> Array:
+    """Encodings of questions: in every partition the sum of the tokens whose nearest centroid is its own; [N, F].
 
-    Divided by R, so that the inner product with a passage's encoding estimates MaxSim itself.
+    The product with a passage's encoding estimates MaxSim less the products of the question's tokens with the passages'
+    mean, which are the same for all passages. Absent tokens are zero vectors and add nothing. float32.
     """
     q_NxQxC = q_NxQxC.astype(jnp.float32)
-    partitions = 2 ** params.hash_RxCxH.shape[-1]
-
-    def repetition(draw: tuple[Array, Array]) -> Array:
-        hash_CxH, project_CxW = draw
-        member_NxQxS = jax.nn.one_hot(_partition(q_NxQxC, hash_CxH), partitions)
-        return jnp.einsum("nqs,nqc,cw->nsw", member_NxQxS, q_NxQxC, project_CxW, precision=jax.lax.Precision.HIGHEST)
-
-    blocks_RxNxSxW = jax.lax.map(repetition, (params.hash_RxCxH, params.project_RxCxW))
-    return _fold(params, blocks_RxNxSxW) / len(params.hash_RxCxH)
+    n, _, dim = q_NxQxC.shape
+    id_NxQ = nearest_centroid((q_NxQxC - fde.mean_C).reshape(-1, dim), fde.centroids_SxC).reshape(n, -1)
+    member_NxQxS = jax.nn.one_hot(id_NxQ, len(fde.centroids_SxC))
+    sum_NxSxC = jnp.einsum("nqs,nqc->nsc", member_NxQxS, q_NxQxC, precision=jax.lax.Precision.HIGHEST)
+    return sum_NxSxC.reshape(n, -1)
 
 
 @jax.jit
-def passage_fde(params: FDEParams, p_NxPxC: Array, keep_NxP: Array) -> Array:
-    """Encodings of passages: in every partition the mean of its kept tokens, float32 [N, F].
+def passage_fde(fde: FDE, p_NxPxC: Array, keep_NxP: Array) -> Array:
+    """Encodings of passages: in every partition the kept token of the largest product with its centroid; [N, F].
 
-    An empty partition takes the kept token whose SimHash differs from it in the fewest bits (the first such);
-    a passage without kept tokens is all zeros.
+    Of equal products the first. A passage without kept tokens is all zeros. float32.
     """
-    p_NxPxC = jnp.where(keep_NxP[..., None], p_NxPxC.astype(jnp.float32), 0.0)
-    partitions = 2 ** params.hash_RxCxH.shape[-1]
-    partition_S = jnp.arange(partitions)
 
-    def repetition(draw: tuple[Array, Array]) -> Array:
-        hash_CxH, project_CxW = draw
-        bucket_NxP = _partition(p_NxPxC, hash_CxH)
-        member_NxPxS = jax.nn.one_hot(bucket_NxP, partitions) * keep_NxP[..., None]
-        projected_NxPxW = jnp.einsum("npc,cw->npw", p_NxPxC, project_CxW, precision=jax.lax.Precision.HIGHEST)
-        count_NxSx1 = jnp.sum(member_NxPxS, axis=1)[..., None]
-        sum_NxSxW = jnp.einsum("nps,npw->nsw", member_NxPxS, projected_NxPxW, precision=jax.lax.Precision.HIGHEST)
-        bits_NxPxS = jax.lax.population_count(bucket_NxP[..., None] ^ partition_S)
-        nearest_NxS = jnp.argmin(jnp.where(keep_NxP[..., None], bits_NxPxS, FAR), axis=1)
-        filler_NxSxW = jnp.take_along_axis(projected_NxPxW, nearest_NxS[..., None], axis=1)
-        return jnp.where(count_NxSx1 > 0, sum_NxSxW / jnp.maximum(count_NxSx1, 1), filler_NxSxW)
+    def one(passage: tuple[Array, Array]) -> Array:
+        p_PxC, keep_Px1 = passage[0].astype(jnp.float32) - fde.mean_C, passage[1][:, None]
+        product_PxS = jnp.where(keep_Px1, p_PxC @ jnp.asarray(fde.centroids_SxC).T, -jnp.inf)
+        return jnp.where(keep_Px1, p_PxC, 0.0)[jnp.argmax(product_PxS, axis=0)].ravel()
 
-    return _fold(params, jax.lax.map(repetition, (params.hash_RxCxH, params.project_RxCxW)))
+    return jax.lax.map(one, (p_NxPxC, keep_NxP), batch_size=AT_ONCE)

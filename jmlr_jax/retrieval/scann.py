@@ -27,10 +27,11 @@ from jmlr_jax.retrieval.encoding import (
     query_vectors,
     reduced,
 )
+from jmlr_jax.retrieval.fde import fit_fde
 from jmlr_jax.retrieval.tokens import BATCHES, TokenStore, best_of, gather, padded, score_tokens, trimmed
 from jmlr_jax.retrieval.vectors import TokenVectors, check_allowed, check_queries, drawn_rows
 
-SAMPLE_TOKENS = 1_000_000  # from which a token code is learned
+SAMPLE_TOKENS = 1_000_000  # from which token code and partitions are learned
 SAMPLE_PASSAGES = 20_000  # of which no more are taken
 SPARE = 4  # where nothing is tuned, centroids choose one hit in so many to score in full
 SOAR_LAMBDA = 1.5  # ScaNN's own choice where spilling is on
@@ -169,11 +170,14 @@ class ScannIndex:
 
         ``how`` None chooses ScaNN's settings by corpus size. ``hits`` is ``cfg.rerank``: :mod:`.tune` finds less.
         """
-        code = learn_code(
-            sample.vectors_NxPxC[sample.keep_NxP], int(sample.keep_NxP.sum(1).mean() * passages), cfg, seed
-        )
-        encoding = plain_encoding(cfg, sample.vectors_NxPxC.shape[-1], seed)
-        some = sample.rows(encoding_sample(len(sample), seed))
+        tokens_TxC = sample.vectors_NxPxC[sample.keep_NxP]
+        if len(tokens_TxC) > SAMPLE_TOKENS:
+            tokens_TxC = tokens_TxC[drawn_rows(len(tokens_TxC), SAMPLE_TOKENS, seed)]
+        code = None
+        if cfg.bits != 16:
+            code = fit_code(tokens_TxC, cfg.bits, int(sample.keep_NxP.sum(1).mean() * passages), seed)
+        encoding = plain_encoding(fit_fde(tokens_TxC, cfg.fde_partitions, seed))
+        some = sample.rows(drawn_rows(len(sample), SAMPLE, seed))
         encoding = reduced(encoding, passage_vectors(encoding, some), cfg.pca_components)
         part = build_part(encoding, code, pieces, passages, how)
         return cls(encoding, code, (part,), np.arange(passages), cfg.rerank, part.how.leaves_searched)
@@ -188,7 +192,7 @@ class ScannIndex:
     @property
     def dim(self) -> int:
         """C, width of a token vector."""
-        return self.encoding.draws.hash_RxCxH.shape[1]
+        return len(self.encoding.fde.mean_C)
 
     def search(self, q_NxQxC: np.ndarray, k: int, allowed_N: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """See :class:`jmlr_jax.retrieval.vectors.Searcher`; max(hits, k) passages are scored for each question.
@@ -244,7 +248,7 @@ class ScannIndex:
 
     def rough_score(self, q_NxQxC: np.ndarray, row_NxH: np.ndarray) -> np.ndarray:
         """The same with every token taken to be its centroid; needs a code."""
-        return self._scored(q_NxQxC, row_NxH, ("cell",))
+        return self._scored(q_NxQxC, row_NxH, ("centroid",))
 
     def _scored(self, q_NxQxC: np.ndarray, row_NxH: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
         """The host gathers the tokens for the next question while the device scores those of the last."""
@@ -260,20 +264,6 @@ class ScannIndex:
         if waiting is not None:
             score_NxH[-1] = waiting
         return np.where(row_NxH >= 0, score_NxH, -np.inf)
-
-
-def learn_code(tokens_TxC: np.ndarray, corpus_tokens: int, cfg: IndexConfig, seed: int) -> TokenCode | None:
-    """The code learned from sampled tokens of a corpus of ``corpus_tokens``; None where ``cfg.bits`` asks for none."""
-    if cfg.bits == 16:
-        return None
-    if len(tokens_TxC) > SAMPLE_TOKENS:
-        tokens_TxC = tokens_TxC[np.random.default_rng(seed).choice(len(tokens_TxC), SAMPLE_TOKENS, replace=False)]
-    return fit_code(tokens_TxC, cfg.bits, corpus_tokens, seed)
-
-
-def encoding_sample(passages: int, seed: int) -> np.ndarray:
-    """Which of the sampled passages give the directions, in order, int64."""
-    return drawn_rows(passages, SAMPLE, seed)
 
 
 def build_part(

@@ -23,7 +23,7 @@ from jmlr_jax.files import local_path, write_text
 from jmlr_jax.retrieval.code import TokenCode
 from jmlr_jax.retrieval.encoding import Encoding
 from jmlr_jax.retrieval.exact import ExactIndex
-from jmlr_jax.retrieval.fde import FDEParams
+from jmlr_jax.retrieval.fde import FDE
 from jmlr_jax.retrieval.scann import Part, ScannIndex
 from jmlr_jax.retrieval.tune import Curve, picture
 from jmlr_jax.retrieval.vectors import TokenVectors
@@ -63,7 +63,7 @@ class Card(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    format: Literal[3] = 3
+    format: Literal[4] = 4
     kind: Kind
     model_fingerprint: str
     corpus_fingerprint: str
@@ -259,8 +259,8 @@ def _load(directory: Path, card: Card) -> tuple[ExactIndex | ScannIndex, np.ndar
         entries = len(searcher)
     else:
         with np.load(state / "encoding.npz", allow_pickle=False) as found:
-            draws = FDEParams(**{name: found[name] for name in FDEParams._fields})
-            encoding = Encoding(draws, found["mean_F"], found["basis_FxD"].astype(np.float32))
+            fde = FDE(**{name: found[name] for name in FDE._fields})
+            encoding = Encoding(fde, found["mean_F"], found["basis_FxD"].astype(np.float32))
         code = _load_code(state / "code.npz") if "code.npz" in card.state.files else None
         parts = [Part.load(directory / folder.name, code) for folder in card.parts]
         rows = np.load(state / "entries.npy", allow_pickle=False)
@@ -284,11 +284,11 @@ def _save_part(part: Part | TokenVectors, folder: Path) -> None:
 def _save_encoding(encoding: Encoding, path: Path) -> None:
     # The basis is the largest array of a small index, and exact in nothing but being the same for all.
     basis = encoding.basis_FxD.astype(np.float16)
-    np.savez(path, allow_pickle=False, mean_F=encoding.mean_F, basis_FxD=basis, **encoding.draws._asdict())
+    np.savez(path, allow_pickle=False, mean_F=encoding.mean_F, basis_FxD=basis, **encoding.fde._asdict())
 
 
 def _save_code(code: TokenCode, path: Path) -> None:
-    arrays = {name: getattr(code, name) for name in ("scale_G", "rotate_CxC", "step_C")}
+    arrays = {name: getattr(code, name) for name in ("mean_C", "scale_G", "rotate_CxC", "step_C")}
     centroids = code.centroids_GxC.astype(np.float16)  # they are such numbers
     np.savez(path, allow_pickle=False, widths=np.array(code.widths, np.int32), centroids_GxC=centroids, **arrays)
 
@@ -297,7 +297,8 @@ def _load_code(path: Path) -> TokenCode:
     with np.load(path, allow_pickle=False) as found:
         widths = tuple((int(bits), int(count)) for bits, count in found["widths"])
         centroids = found["centroids_GxC"].astype(np.float32)
-        return TokenCode(centroids, found["scale_G"], found["rotate_CxC"], found["step_C"], widths)
+        mean_C, scale_G, rotate_CxC, step_C = (found[name] for name in ("mean_C", "scale_G", "rotate_CxC", "step_C"))
+        return TokenCode(mean_C, centroids, scale_G, rotate_CxC, step_C, widths)
 
 
 def _verify(directory: Path, folder: Folder) -> None:

@@ -46,8 +46,8 @@ class TokenStore:
 
     Attributes:
       code: how they are coded; None: float16 vectors.
-      arrays: ``cell`` uint16 [T], ``packed`` uint8 [T, E] and ``gain`` uint8 [T]; without a code ``vectors``
-        float16 [T, C]. Memory-mapped if loaded.
+      arrays: ``centroid`` (ids) uint16 [T], ``residual`` (codes) uint8 [T, E] and ``gain`` uint8 [T]; without a code
+        ``vectors`` float16 [T, C]. Memory-mapped if loaded.
       offsets: int64 [N + 1]; passage i has the tokens offsets[i] to offsets[i + 1].
     """
 
@@ -93,7 +93,7 @@ class TokenStore:
           ValueError: the arrays do not belong together.
         """
         offsets = np.load(directory / "offsets.npy", allow_pickle=False)
-        names = ("vectors",) if code is None else ("cell", "packed", "gain")
+        names = ("vectors",) if code is None else ("centroid", "residual", "gain")
         arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
         for name, array in arrays.items():
             if len(array) != offsets[-1]:
@@ -170,7 +170,7 @@ def padded(q_NxQxC: np.ndarray) -> np.ndarray:
 def score_tokens(code: TokenCode | None, q_QxC: Array, tiles: Tiles, *, hits: int) -> Array:
     """MaxSim of gathered hits, float32 [hits]; a passage without tokens scores far below all others.
 
-    With the array ``cell`` alone, tokens are taken to be their centroids: 2 bytes a token tell much of a score.
+    With the array ``centroid`` alone, tokens are taken to be their centroids: 2 bytes a token tell much of a score.
     One question at a time: each has hits of its own, and a gather of eight took twice as long a question on a CPU.
 
     Args:
@@ -200,8 +200,8 @@ def _coded(code: TokenCode, tokens_TxC: np.ndarray) -> dict[str, np.ndarray]:
     """Codes of tokens, in batches of one compiled shape."""
     total = len(tokens_TxC)
     out: dict[str, np.ndarray] = {
-        "cell": np.empty(total, np.uint16),
-        "packed": np.empty((total, code.residual_bytes), np.uint8),
+        "centroid": np.empty(total, np.uint16),
+        "residual": np.empty((total, code.residual_bytes), np.uint8),
         "gain": np.empty(total, np.uint8),
     }
     for first in range(0, total, ENCODE_BATCH):
