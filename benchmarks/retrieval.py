@@ -122,9 +122,26 @@ def local(search: Callable[[int, int], np.ndarray]) -> Search:
 
 
 class Peers:
-    """The other environment, fed the same arrays."""
+    """Systems of another process, fed the same arrays; the first questions are for tuning.
 
-    def __init__(self, python: str, world: World, folder: Path, first: int):
+    Args:
+      python: of its environment.
+      world: corpus and questions.
+      folder: for the arrays.
+      first: question that is asked as number 0.
+      script: what to run; None: ``retrieval_peers.py``.
+      environment: of the process; None: this one's.
+    """
+
+    def __init__(
+        self,
+        python: str,
+        world: World,
+        folder: Path,
+        first: int,
+        script: Path | None = None,
+        environment: dict[str, str] | None = None,
+    ):
         queries = world.queries["medquad"]
         start = queries["offsets"][first]
         arrays = {
@@ -134,13 +151,15 @@ class Peers:
             "queries": queries["tokens_TxC"][start:],
             "query_offsets": queries["offsets"][first:] - start,
             "pooled_queries": queries["pooled_NxD"][first:],
+            "tuning": queries["tokens_TxC"][:start],
+            "tuning_offsets": queries["offsets"][: first + 1],
         }
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in arrays.items():
             np.save(folder / f"{name}.npy", array)
-        script = Path(__file__).with_name("retrieval_peers.py")
+        command = [python, str(script or Path(__file__).with_name("retrieval_peers.py")), str(folder)]
         self.process = subprocess.Popen(
-            [python, str(script), str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
