@@ -144,6 +144,11 @@ class TrainConfig(Strict):
     candidates: PositiveInt = Field(16, description="K (30 in the paper)")
     mix: MixConfig = MixConfig()
     sampled: PositiveInt = Field(8, description="M (10 in the paper)")
+    pack_judging: tuple[UnitInterval, ...] = Field(
+        (0.5, 0.625, 0.75, 0.875),
+        description="judging computes for the least of these fractions of its prompts at full length that holds their "
+        "tokens; each is compiled, and changes rounding alone",
+    )
     read_passages: PositiveInt = Field(3, description="N (7 in the paper)")
     rank_loss: RankLossName = "llm_rank"
     rank_weight: float = Field(1.0, ge=0)

@@ -39,6 +39,7 @@ TINY: dict[str, Any] = {
         "candidates": 4,
         "mix": {"index": 2, "bm25": 1, "random": 1},
         "sampled": 3,
+        "pack_judging": [],  # each fraction is compiled
         "read_passages": 2,
         "refresh_steps": 4,
         "refresh_delay": 2,

@@ -31,6 +31,7 @@ def spec(
 ) -> StepSpec:
     """M 3 of the batch's K 5, N 2, no margin; `train` overrides what the step reads of the training configuration."""
     settings = {"rank_loss": "llm_rank", "tie_margin": 0.0, "rank_weight": 1.0, "accumulate": 1} | train
+    settings = {"pack_judging": ()} | settings
     return StepSpec(
         retriever=RETRIEVER,
         llama=LLAMA,

@@ -115,7 +115,9 @@ def test_every_mesh_of_eight_equals_one_device(shape: tuple[int, int, int], what
         whole = [name for name, _ in sharding.replicated_report({"state": state, "still": still}, LARGE)]
         if shape[0] < 8:  # along `tensor` alone the encoder is not cut, along `data` nothing is
             assert [name for name in whole if shape[1] > 1 or "retriever" not in name] == []
-        step = jax.jit(make_step(made(what), OPTIMIZER[what]), donate_argnums=0, out_shardings=(layout, None))
+        # Adapters on both: judging packs here, each device its own rows, and does not where it is alone.
+        packing = replace(made(what), pack_judging=(0.9,) if what == BOTH else ())
+        step = jax.jit(make_step(packing, OPTIMIZER[what]), donate_argnums=0, out_shardings=(layout, None))
         weights, losses = run(step, state, still, lambda of: jax.device_put(of, sharding.batch_sharding(mesh)))
         assert step._cache_size() == 1
     expected, alone_losses = alone(what)

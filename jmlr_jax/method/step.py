@@ -23,6 +23,7 @@ from jmlr_jax.method.prompt import read_prompt, reading_width
 from jmlr_jax.method.scoring import maxsim, minmax, sample, top
 from jmlr_jax.nn import lora
 from jmlr_jax.nn.functional import encode_passages, encode_queries, llama_hidden, llama_logits
+from jmlr_jax.nn.packing import in_fewest_places
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -46,6 +47,7 @@ class StepSpec:
       passages: N, how many passages are read.
       rank_loss, tie_margin, rank_weight: as in ``TrainConfig``.
       accumulate: microbatches a step.
+      pack_judging: as in ``TrainConfig``.
       max_length: T, tokens of a reading prompt with its answer, at most.
       bos_id, pad_id: of the generator's tokenizer.
     """
@@ -61,6 +63,7 @@ class StepSpec:
     tie_margin: float
     rank_weight: float
     accumulate: int
+    pack_judging: tuple[float, ...]
     max_length: int
     bos_id: int
     pad_id: int
@@ -97,7 +100,7 @@ def choose(batch: Batch, index_BxN: Array, taken_BxN: Array) -> Batch:
 
 @jax.named_scope("read")
 def answer_losses(
-    spec: StepSpec, weights: Weights, batch: Batch, dropout_key: Array | None
+    spec: StepSpec, weights: Weights, batch: Batch, dropout_key: Array | None, pack: tuple[float, ...] = ()
 ) -> tuple[Array, dict[str, Array]]:
     """method.md, steps 4 and 6: mean answer loss of each question after all the passages of the batch.
 
@@ -105,6 +108,7 @@ def answer_losses(
       weights: ``generator``, and ``base`` under adapters.
       batch: ``reader_ids_BxKxL`` best first; the prompt has the worst first.
       dropout_key: None turns dropout off, as judging needs it (method.md, fault 6).
+      pack: to what fractions of their full length the prompts may be packed; the result is the same.
 
     Returns:
       nll_B float32, nats per token, and what the prompts held: ``tokens`` and ``dropped`` passages.
@@ -118,10 +122,14 @@ def answer_losses(
     tokens_BxT, length_B, dropped_B = read_prompt(
         batch, total=total, bos_id=spec.bos_id, pad_id=spec.pad_id, answer=(answer_BxA, answer_len_B)
     )
-    hidden_BxTxD = llama_hidden(base, spec.llama, tokens_BxT, length_B, adapters=adapters)
     # The head is applied only where an answer token is predicted, one position before it.
     place_BxA = (length_B - answer_len_B)[:, None] + jnp.arange(answer_BxA.shape[1]) - 1
-    hidden_BxAxD = jnp.take_along_axis(hidden_BxTxD, jnp.clip(place_BxA, 0, total - 1)[..., None], axis=1)
+
+    def before_answers(places: int | None) -> Array:
+        hidden_BxTxD = llama_hidden(base, spec.llama, tokens_BxT, length_B, adapters=adapters, places=places)
+        return jnp.take_along_axis(hidden_BxTxD, jnp.clip(place_BxA, 0, total - 1)[..., None], axis=1)
+
+    hidden_BxAxD = in_fewest_places(before_answers, pack, length_B, total)
     nll_B = answer_nll(llama_logits(base, spec.llama, hidden_BxAxD, adapters=adapters), answer_BxA, answer_len_B)
     return nll_B, {"tokens": jnp.sum(length_B), "dropped": jnp.sum(dropped_B)}
 
@@ -141,7 +149,7 @@ def judge(spec: StepSpec, weights: Weights, batch: Batch, index_BxM: Array, take
     alone = {name: jnp.repeat(batch[name], M, axis=0) for name in QUESTION_KEYS}
     alone["reader_ids_BxKxL"] = chosen["reader_ids_BxKxL"].reshape(B * M, 1, -1)
     alone["reader_len_BxK"] = chosen["reader_len_BxK"].reshape(B * M, 1)
-    nll_N, _ = answer_losses(replace(spec, lora=None), weights, alone, None)
+    nll_N, _ = answer_losses(replace(spec, lora=None), weights, alone, None, spec.pack_judging)
     return jax.lax.stop_gradient(nll_N.reshape(B, M))
 
 

@@ -19,6 +19,7 @@ from jmlr_jax.nn.bert import Bert
 from jmlr_jax.nn.colbert import Colbert
 from jmlr_jax.nn.layers import Adapters, Params
 from jmlr_jax.nn.llama import Llama
+from jmlr_jax.nn.packing import Packing
 from jmlr_jax.parallel.sharding import constrain
 
 ModelConfig = LlamaConfig | BertConfig | RetrieverConfig
@@ -69,6 +70,7 @@ def llama_hidden(
     length_B: jax.Array,
     *,
     adapters: Adapters | None = None,
+    places: int | None = None,
 ) -> jax.Array:
     """Hidden states BxTxD after the final norm, in cfg.dtype.
 
@@ -76,12 +78,16 @@ def llama_hidden(
         tokens_BxT: int, right-padded; what stands in the padding does not matter.
         length_B: int, real tokens of each row.
         adapters: from :func:`jmlr_jax.nn.lora.bind`.
+        places: compute for so many places, which the real tokens share end to end, instead of for B x T, with equal
+            results. On a mesh it is those of each device that has rows of its own; at least
+            :func:`jmlr_jax.nn.packing.fullest`.
 
     Returns:
         Position t sees tokens 0..t (with cfg.sliding_window W: the last W of them). Zero from `length_B` on.
     """
     start_B = jnp.zeros_like(length_B)
-    return _model(cfg, params)(tokens_BxT, length_B, start_B, None, adapters)[0]
+    packing = None if places is None else Packing.of(length_B, tokens_BxT.shape[1], places)
+    return _model(cfg, params)(tokens_BxT, length_B, start_B, None, adapters, packing)[0]
 
 
 def llama_logits(params: Params, cfg: LlamaConfig, hidden: jax.Array, *, adapters: Adapters | None = None) -> jax.Array:

@@ -143,12 +143,15 @@ class Adapters:
         key: dropout key; None turns dropout off.
         scale: alpha / rank.
         dropout: probability of dropping an input of the adapter.
+        place: int, for the leading axes of the inputs, where each would stand if they were not packed
+            (:mod:`jmlr_jax.nn.packing`); dropout masks follow it. None: they are not packed.
     """
 
     tree: Params
     key: jax.Array | None
     scale: float = field(metadata={"static": True})
     dropout: float = field(metadata={"static": True})
+    place: jax.Array | None = None
 
     def per_layer(self, num_layers: int) -> tuple[Params, jax.Array | None]:
         """Tree and keys with a leading layer axis, to be scanned and put back with :meth:`at_layer`."""
@@ -164,28 +167,31 @@ class Adapters:
         if name not in self.tree:
             return 0.0
         if self.key is not None and self.dropout > 0:
-            x = _dropped(x, jax.random.fold_in(self.key, INPUTS[name]), self.dropout)
+            x = _dropped(x, jax.random.fold_in(self.key, INPUTS[name]), self.dropout, self.place)
         axes = AXES[name]
         a = gather(self.tree[name]["a"].astype(x.dtype), (*axes[:n_in], "rank"))
         b = gather(self.tree[name]["b"].astype(x.dtype), ("rank", *axes[n_in:]))
         return jnp.tensordot(jnp.tensordot(x, a, n_in), b, 1) * self.scale
 
 
-def _dropped(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+def _dropped(x: jax.Array, key: jax.Array, rate: float, place: jax.Array | None = None) -> jax.Array:
     """x with entries dropped at `rate`, the others scaled up to keep the mean."""
-    kept = _words(key, x.shape) >= jnp.uint32(round(rate * 2**32))
+    kept = _words(key, x.shape, place) >= jnp.uint32(round(rate * 2**32))
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
-def _words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A uint32 for every place: a hash of the key and of where the place is, the same on every mesh.
+def _words(key: jax.Array, shape: tuple[int, ...], place: jax.Array | None) -> jax.Array:
+    """A uint32 for every place: a hash of the key and of where the place is, the same on every mesh and packed or not.
 
     Not JAX's generator, whose twenty rounds a number take as long as the products that the mask is for; this is drawn
     within them. What dropout needs of it (rate, and no relation of rows, columns and keys) is tested.
     """
     first, second, third = jax.random.bits(key, (3,), jnp.uint32)
+    known = 0 if place is None else place.ndim  # axes that are numbered already
     row = jnp.zeros(shape[:-1], jnp.uint32)
-    for axis, size in enumerate(shape[:-1]):
+    if place is not None:
+        row += place.astype(jnp.uint32).reshape(*place.shape, *[1] * (len(shape) - 1 - known))
+    for axis, size in list(enumerate(shape[:-1]))[known:]:
         row = row * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape[:-1], axis)
     column = _mixed(jax.lax.iota(jnp.uint32, shape[-1]) ^ first)
     return _mixed(_mixed(_mixed(row ^ second) ^ third)[..., None] + column)
@@ -231,14 +237,15 @@ def layer_norm(x: jax.Array, scale: nnx.Param[jax.Array], bias: nnx.Param[jax.Ar
 # Rotary positions
 
 
-def rope_table(cfg: LlamaConfig, position_BxT: jax.Array, length_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_table(cfg: LlamaConfig, position_BxT: jax.Array, length_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines BxTx(E/2), float32, of the rotation at each position.
 
     Scalings follow the published definitions (linear; NTK-aware "dynamic"; Llama 3; YaRN, arXiv 2309.00071).
-    "dynamic" depends on the length of the sequence: each row uses its own `length_B`, so that a row's result does not
-    depend on its neighbours. Keys already in a cache keep the rotation of the length at which they were written.
+    "dynamic" depends on the length of the sequence: `length_BxT` says for each token that of its own row, so that a
+    row's result does not depend on its neighbours. Keys already in a cache keep the rotation of the length at which
+    they were written.
     """
-    frequency, magnitude = _rope_frequencies(cfg, length_B)
+    frequency, magnitude = _rope_frequencies(cfg, length_BxT)
     angle = position_BxT.astype(jnp.float32)[:, :, None] * frequency
     return jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
 
@@ -257,8 +264,8 @@ def apply_rope(x_BxTxHxE: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Arra
     return (x_BxTxHxE.astype(jnp.float32) * cos + partner * sin).astype(x_BxTxHxE.dtype)
 
 
-def _rope_frequencies(cfg: LlamaConfig, length_B: jax.Array) -> tuple[Any, float]:
-    """Radians per position, (E/2,) or (B, 1, E/2), and the factor on cosines and sines."""
+def _rope_frequencies(cfg: LlamaConfig, length_BxT: jax.Array) -> tuple[Any, float]:
+    """Radians per position, (E/2,) or (B, T, E/2), and the factor on cosines and sines."""
     E = cfg.head_dim or cfg.hidden_size // cfg.num_heads
     exponent = np.arange(0, E, 2, dtype=np.float32) / np.float32(E)
     plain = (1.0 / cfg.rope_theta**exponent).astype(np.float32)
@@ -269,10 +276,10 @@ def _rope_frequencies(cfg: LlamaConfig, length_B: jax.Array) -> tuple[Any, float
     if scaling.type == "linear":
         return plain / np.float32(scaling.factor), 1.0
     if scaling.type == "dynamic":
-        length = jnp.maximum(length_B, trained).astype(jnp.float32)
+        length = jnp.maximum(length_BxT, trained).astype(jnp.float32)
         stretch = scaling.factor * length / trained - (scaling.factor - 1)
         theta = cfg.rope_theta * stretch ** (E / (E - 2))
-        return (1.0 / theta[:, None] ** exponent)[:, None, :], 1.0
+        return 1.0 / theta[:, :, None] ** exponent, 1.0
     if scaling.type == "llama3":
         turns = trained * plain / (2 * np.pi)  # full rotations within the length of pre-training
         low, high = scaling.low_freq_factor, scaling.high_freq_factor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -28,6 +30,7 @@ from jmlr_jax.nn.layers import (
     weight,
     zeros,
 )
+from jmlr_jax.nn.packing import Packing
 from jmlr_jax.parallel.sharding import constrain
 
 HIDDEN = ("batch", "length", "hidden")
@@ -64,8 +67,12 @@ class LlamaLayer(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         cache: Params | None,
         adapters: Adapters | None,
+        packing: Packing | None,
     ) -> tuple[jax.Array, Params | None]:
-        """One layer on x BxTxD; `cache` holds keys and values BxSxGxE by position and comes back with these added."""
+        """One layer on x BxTxD; `cache` holds keys and values BxSxGxE by position and comes back with these added.
+
+        With `packing` x and the positions are packed; only attention sees the rows.
+        """
         cfg = self.cfg
         h = rms_norm(x, self.attn_norm, cfg.rms_norm_eps)
         q, k, v = (project(h, getattr(self, name), 1, name, adapters) for name in "qkv")
@@ -82,7 +89,11 @@ class LlamaLayer(nnx.Module):
             heads = attend(q, k, v, position_BxT=position_BxT, window=cfg.sliding_window)
         else:
             q, k, v = (checkpoint_name(y, QKV) for y in (q, k, v))
+            if packing is not None:
+                q, k, v = packing.unpack(q), packing.unpack(k), packing.unpack(v)
             heads = attend(q, k, v, causal=True, window=cfg.sliding_window)
+            if packing is not None:
+                heads = packing.pack(heads)
         x = x + project(heads, self.o, 2, "o", adapters)
         h = rms_norm(x, self.mlp_norm, cfg.rms_norm_eps)
         gate, up = (project(h, getattr(self, name), 1, name, adapters) for name in ("gate", "up"))
@@ -112,26 +123,34 @@ class Llama(nnx.Module):
         start_B: jax.Array,
         cache: Params | None,
         adapters: Adapters | None,
+        packing: Packing | None = None,
     ) -> tuple[jax.Array, Params | None]:
         """Final-normed hidden states BxTxD of tokens at positions ``start + 0 .. start + T - 1``.
 
         `length_B` counts a row's real tokens from position 0 on. Padding stands after them, so causality alone hides
-        it from every real token; its own outputs are set to zero.
+        it from every real token; its own outputs are set to zero. With `packing` there is no cache, and no work for
+        padding outside attention.
         """
         cfg = self.cfg
         position_BxT = start_B[:, None] + jnp.arange(tokens_BxT.shape[1])
-        rope = rope_table(cfg, position_BxT, length_B)
+        real_BxT, length_BxT = position_BxT < length_B[:, None], jnp.broadcast_to(length_B[:, None], position_BxT.shape)
+        if packing is not None:
+            assert cache is None
+            tokens_BxT, position_BxT, length_BxT = map(packing.pack, (tokens_BxT, position_BxT, length_BxT))
+            adapters = None if adapters is None else replace(adapters, place=packing.number_GxF())
+        rope = rope_table(cfg, position_BxT, length_BxT)
         x = constrain(self.embed[...][tokens_BxT].astype(cfg.dtype), *HIDDEN)
         inputs = (cache, None if adapters is None else adapters.per_layer(cfg.num_layers))
 
         def body(layer: LlamaLayer, x: jax.Array, inputs: tuple) -> tuple[jax.Array, Params | None]:
             cache, adapter = inputs
             bound = None if adapters is None else adapters.at_layer(adapter)
-            return layer(x, position_BxT, rope, cache, bound)
+            return layer(x, position_BxT, rope, cache, bound, packing)
 
         x, cache = scan_layers(self.layers, x, inputs, body, cfg.remat)
         x = rms_norm(x, self.final_norm, cfg.rms_norm_eps)
-        return jnp.where((position_BxT < length_B[:, None])[:, :, None], x, 0), cache
+        x = x if packing is None else packing.unpack(x)
+        return jnp.where(real_BxT[:, :, None], x, 0), cache
 
     def logits(self, hidden: jax.Array, adapters: Adapters | None) -> jax.Array:
         """Next-token logits ...xV, float32, at the given hidden states ...xD."""

@@ -167,6 +167,12 @@ def check_rows(mesh: Mesh, rows: int, what: str) -> int:
     return rows // ways
 
 
+def row_groups() -> int:
+    """How many devices share the rows of a batch in the program being traced; 1 without a mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(name, 1) for name in _names(RULES["batch"]))
+
+
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
     """Pin an activation's layout inside a compiled function; without a mesh (``jax.set_mesh``) it is `x` itself.
 

@@ -77,6 +77,7 @@ def phase_program(
         tie_margin=train.tie_margin,
         rank_weight=train.rank_weight,
         accumulate=train.accumulate,
+        pack_judging=train.pack_judging,
         max_length=cfg.generator.max_length,
         bos_id=ids.bos,
         pad_id=ids.pad,
