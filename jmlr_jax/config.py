@@ -49,6 +49,9 @@ class DataConfig(Strict):
     )
     world: WorldConfig = WorldConfig()
     on_error: Literal["stop", "skip"] = Field("stop", description="skip: bad records are counted and listed")
+    tsv_quotes: bool = Field(
+        False, description="cells of TSV files may stand in double quotes, over several lines; else quotes are text"
+    )
     passage_words: PositiveInt = Field(
         180, description="longer documents are split on sentence ends at this many words"
     )

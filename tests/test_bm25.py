@@ -77,3 +77,10 @@ def test_edges():
     rows, _ = BM25(["the", "of"]).search(["the fever"], 2)
     assert np.all(rows == -1)
     assert BM25(TEXTS).search([], 3)[0].shape == (0, 3)
+
+
+def test_text_without_spaces_is_found_by_pairs_of_characters():
+    texts = ["糖尿病患者应使用胰岛素治疗。", "高血压患者应当限制钠盐摄入。", "Insulin helps."]
+    rows, scores = BM25(texts).search(["胰岛素怎么用", "限制钠盐", "insulin 糖尿病"], 3)
+    assert rows[0].tolist() == [0, -1, -1] and rows[1].tolist() == [1, -1, -1]
+    assert set(rows[2].tolist()) == {0, 2, -1} and np.isfinite(scores[0, 0])

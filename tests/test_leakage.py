@@ -76,3 +76,12 @@ def test_agrees_with_the_definition_on_random_texts(n, alphabet):
     kept, report = filter_leaks(passages, {"test": asked}, n)
     assert kept == expected and len(report.removed) == len(passages) - len(kept)
     assert 0 < len(expected) < len(passages)
+
+
+def test_chinese_is_compared_by_characters():
+    asked = question("zh", "该患者首选的根除治疗方案是", "四联疗法")
+    copied = Passage("leak", "题解", "答:该患者首选的根除治疗方案是四联疗法。")
+    other = Passage("other", "内科学", "该患者首选的治疗是休息。")
+    kept, report = filter_leaks([copied, other], {"test": [asked]}, 12)
+    assert [p.id for p in kept] == ["other"] and report.removed[0].shared.replace(" ", "").startswith("该患者首选")
+    assert words("COVID-19感染ＡＢ") == ["covid", "19", "感", "染", "ab"]

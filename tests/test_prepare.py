@@ -112,7 +112,7 @@ def test_incomplete_configurations(tmp_path, data, error, match):
 def test_ids_in_two_splits(tmp_path):
     cfg = small_config(tmp_path)
     (tmp_path / "test.jsonl").write_text(json.dumps(QUESTIONS[0]) + "\n")
-    with pytest.raises(ValueError, match="'q0' stands in more than one split"):
+    with pytest.raises(ValueError, match=r"test.jsonl:1: the question id 'q0' stands in .*train.jsonl:1 already"):
         prepare(cfg, tmp_path / "data")
 
 

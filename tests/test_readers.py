@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from jmlr_jax.data.readers import read_corpus, read_questions
-from jmlr_jax.data.schema import FieldError, Passage, Question, RecordError
-from jmlr_jax.data.split import split_corpus, split_document
+from jmlr_jax.data.schema import FieldError, Question, RecordError
 
 
 @pytest.fixture
@@ -101,7 +100,7 @@ PLAIN = {"id": "x", "question": "q?", "options": {"A": "a", "B": "b"}, "answer":
         ("medmcqa", MEDMCQA | {"cop": None}, "cop", "no labels"),
         ("medmcqa", MEDMCQA | {"cop": 5}, "cop", "1 to 4"),
         ("medmcqa", MEDMCQA | {"opd": None}, "opd", "non-empty"),
-        ("jsonl", PLAIN | {"answer": "b"}, "answer", "A to B"),
+        ("jsonl", PLAIN | {"answer": "C"}, "answer", "A to B"),
         ("jsonl", PLAIN | {"options": ["a", "a"], "answer": "a"}, "answer", "exactly one"),
         ("jsonl", PLAIN | {"options": ["B", "a"], "answer": "B"}, "answer", "exactly one"),
         ("jsonl", PLAIN | {"options": {chr(65 + i): str(i) for i in range(11)}}, "options", "2 to 10"),
@@ -141,77 +140,65 @@ def test_repeated_id_names_both_lines(tmp_path):
         read_questions("jsonl", path)
 
 
-def test_text_that_is_not_utf8(tmp_path):
+@pytest.mark.parametrize("bad", [b"a\xffb", b"half a pair \\ud83d", b"nothing \\u0000 after"])
+def test_text_that_is_none_is_a_bad_record(tmp_path, bad):
+    """Bytes that are not UTF-8, half a surrogate pair, NUL: refused by file, line and field, and counted on skip."""
     path = tmp_path / "set.jsonl"
-    path.write_bytes(json.dumps(PLAIN).encode() + b'\n{"id": "\xff"}\n')
-    with pytest.raises(RecordError, match="UTF-8") as error:
+    good, last = (json.dumps(PLAIN | {"id": name}).encode() for name in "ac")
+    path.write_bytes(good + b'\n{"id": "b", "question": "' + bad + b'", "answer": "x"}\n' + last + b"\n")
+    with pytest.raises(RecordError, match="UTF-8 text|NUL") as error:
+        read_questions("jsonl", str(path))
+    assert (error.value.line, error.value.field) == (2, "question") and str(error.value).isprintable()
+    result = read_questions("jsonl", str(path), on_error="skip")
+    assert [q.id for q in result.questions] == ["a", "c"] and [e.line for e in result.report.skipped] == [2]
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "mmlu", "pubmedqa"])
+def test_other_files_with_bytes_that_are_no_text(tmp_path, form):
+    mark = b"\t" if form == "tsv" else b","
+    rows = [mark.join([b"q?", b"a", b"b", b"c", last, b"A"]) for last in (b"d", b"\xff", b"d")]
+    if form in ("csv", "tsv"):
+        rows.insert(0, mark.join([b"question", b"A", b"B", b"C", b"D", b"answer"]))
+    if form == "pubmedqa":
+        entry = b'"%d": {"QUESTION": "q%s?", "CONTEXTS": [], "LABELS": [], "final_decision": "no"}'
+        rows = [
+            b"{",
+            *(entry % (number, byte) + b"," for number, byte in ((1, b""), (2, b"\xff"))),
+            entry % (3, b""),
+            b"}",
+        ]
+    path = tmp_path / f"set.{form}"
+    path.write_bytes(b"\n".join(rows))
+    result = read_questions(form, str(path), on_error="skip")
+    assert len(result.questions) == 2 and len(result.report.skipped) == 1
+    assert "UTF-8" in str(result.report.skipped[0])
+
+
+def test_lines_end_at_newlines_alone(tmp_path):
+    """A byte-order mark, CRLF, U+2028 and form feeds are no more than what they are."""
+    path = tmp_path / "set.jsonl"
+    text = "one\u2028two\u0085three"
+    path.write_text("\ufeff" + json.dumps(PLAIN | {"question": text}, ensure_ascii=False) + "\r\n", newline="")
+    (question,) = read_questions("jsonl", str(path)).questions
+    assert question.question == text
+    corpus = tmp_path / "corpus.tsv"
+    corpus.write_text("\ufeffid\ttext\r\np1\tone\u2028two\x0cthree\r\np2\tx\r\n", newline="")
+    passages, _ = read_corpus(str(corpus))
+    assert [p.text for p in passages] == ["one\u2028two\x0cthree", "x"]
+
+
+def test_utf16_is_said_to_be_that(tmp_path):
+    path = tmp_path / "set.jsonl"
+    path.write_bytes(json.dumps(PLAIN).encode("utf-16"))
+    with pytest.raises(RecordError, match="UTF-16"):
         read_questions("jsonl", str(path), on_error="skip")
-    assert error.value.line == 2
 
 
-@pytest.mark.parametrize(
-    ("row", "field", "expected"),
-    [
-        ("q?,a,b,c,A", "(row)", "6 cells"),
-        ("q?,a,b,c,d,E", "answer", "A to D"),
-        ("q?,a,,c,d,A", "option B", "non-empty"),
-    ],
-)
-def test_bad_mmlu_rows(tmp_path, row, field, expected):
-    path = write(tmp_path / "anatomy_test.csv", '"first\nquestion",a,b,c,d,A', row)
-    with pytest.raises(RecordError, match=expected) as error:
-        read_questions("mmlu", path)
-    assert (error.value.line, error.value.field) == (3, field)
-    result = read_questions("mmlu", path, on_error="skip")
-    assert [q.id for q in result.questions] == ["anatomy-000"] and len(result.report.skipped) == 1
-
-
-def test_mmlu_directory_names_the_file_inside(tmp_path):
-    write(tmp_path / "a_test.csv", "q?,a,b,c,d,A")
-    write(tmp_path / "b_test.csv", "q?,a,b,c,d,X")
-    with pytest.raises(RecordError, match=r"b_test.csv:1: field 'answer'"):
-        read_questions("mmlu", str(tmp_path))
-
-
-PUBMEDQA = {"QUESTION": "q?", "CONTEXTS": ["c"], "LABELS": ["RESULTS"], "final_decision": "no"}
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"final_decision": "perhaps"}, "final_decision"),
-        ({"LABELS": ["A", "B"]}, "LABELS"),
-        ({"QUESTION": 3}, "QUESTION"),
-    ],
-)
-def test_bad_pubmedqa_entries(tmp_path, change, field):
-    path = write(tmp_path / "ori.json", json.dumps({"1": PUBMEDQA, "2": PUBMEDQA | change}, indent=1))
-    line = 1 + Path(path).read_text().split("\n").index(' "2": {')
-    with pytest.raises(RecordError) as error:
-        read_questions("pubmedqa", path)
-    assert (error.value.line, error.value.field) == (line, field)
-    result = read_questions("pubmedqa", path, on_error="skip")
-    assert [q.id for q in result.questions] == ["1"] and [p.id for p in result.passages] == ["PMID1-0"]
-
-
-def test_bad_mirage_entries(tmp_path):
-    good = {"question": "q?", "options": {"A": "a", "B": "b"}, "answer": "A"}
-    path = write(
-        tmp_path / "b.json", json.dumps({"medqa": {"0": good}, "mmlu": {"0": good | {"answer": "D"}}}, indent=1)
-    )
-    with pytest.raises(RecordError) as error:
-        read_questions("mirage", path)
-    lines = Path(path).read_text().split("\n")
-    assert error.value.field == "answer" and lines[error.value.line - 1] == '  "0": {' and error.value.line > 5
-    assert [q.id for q in read_questions("mirage", path, on_error="skip").questions] == ["medqa/0"]
-
-
-def test_json_file_with_a_repeated_key(tmp_path):
-    entry = json.dumps(PUBMEDQA)
-    path = write(tmp_path / "ori.json", "{", f'"1": {entry},', f'"1": {entry}', "}")
-    with pytest.raises(RecordError, match="each key once") as error:
-        read_questions("pubmedqa", path, on_error="skip")
-    assert error.value.line == 3
+def test_an_object_with_a_key_twice_or_too_deep(tmp_path):
+    path = write(tmp_path / "set.jsonl", '{"id": "x", "answer": "A", "answer": "B"}', "[" * 100_000, "9" * 5000)
+    first, second, third = read_questions("jsonl", path, on_error="skip").report.skipped
+    assert first.field == "answer" and "each key once" in str(first)
+    assert {second.field, third.field} == {"(line)"}
 
 
 # ---------------------------------------------------------------- CSV and TSV
@@ -227,11 +214,29 @@ def test_plain_tables(tmp_path, suffix, mark, names):
         ["3", "free?", "", "", "", "some text", "", ""],
     ]
     path = write(tmp_path / f"set.{suffix}", *(mark.join(row) for row in rows))
-    result = read_questions(suffix, path)
+    result = read_questions(suffix, path, tsv_quotes=True)
     one, two, free = result.questions
     assert one.question == "two\nlines?" and one.answer == "z" and one.gold_doc_ids == ("d1", "d2")
     assert two.options == ("x", "y") and free.options == () and free.answer_index == -1
     assert result.report.ignored_fields == {"note": 1}
+
+
+def test_quotes_are_text_in_tsv(tmp_path):
+    rows = ["id\ttext", 'p1\t"Podagra is gout.', "p2\tScurvy.", 'p3\tLack of "D".']
+    path = write(tmp_path / "corpus.tsv", *rows)
+    passages, _ = read_corpus(path)
+    assert [p.text for p in passages] == ['"Podagra is gout.', "Scurvy.", 'Lack of "D".']
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+@pytest.mark.parametrize("rows", [('p1\t"one', 'two"', "p2\tx"), ('"p1', '"\ttwo', "p2\tx")])
+def test_a_cell_over_several_lines_of_tsv_is_refused(tmp_path, rows, on_error):
+    """Also where bad records are skipped: half of the cell would be read as the whole."""
+    path = write(tmp_path / "corpus.tsv", "id\ttext", *rows)
+    with pytest.raises(RecordError, match="data.tsv_quotes=true") as error:
+        read_corpus(path, on_error)
+    assert error.value.line == 2
+    assert len(read_corpus(path, tsv_quotes=True)[0]) == 2
 
 
 @pytest.mark.parametrize(
@@ -280,31 +285,3 @@ def test_question_record_checks_itself():
     with pytest.raises(FieldError, match="answer"):
         Question("1", "q?", ("a", "b"), "a", 1)
     assert Question("1", "q?", ("a", "b"), "b", 1).letter == "B"
-
-
-# ---------------------------------------------------------------- splitting
-
-
-def test_short_documents_stay_and_long_ones_split_on_sentence_ends():
-    text = 'One two three. "Four five!" Six seven eight nine. Ten.'
-    document = Passage("d", "T", text, "S", "U")
-    assert split_document(document, 10) == [document]
-    pieces = split_document(document, 5)
-    assert [p.id for p in pieces] == ["d#0", "d#1"]
-    assert [p.text for p in pieces] == ['One two three. "Four five!"', "Six seven eight nine. Ten."]
-    assert {(p.title, p.source, p.url) for p in pieces} == {("T", "S", "U")}
-
-
-def test_a_sentence_beyond_the_limit_is_cut_between_words_and_nothing_is_lost():
-    text = "Short one. " + " ".join(f"w{i}" for i in range(25)) + ". Last one."
-    pieces = split_document(Passage("d", "", text), 10)
-    assert all(len(p.text.split()) <= 10 for p in pieces)
-    assert " ".join(p.text for p in pieces).split() == text.split()
-
-
-def test_split_corpus_maps_documents_to_pieces_and_refuses_a_clash():
-    long, short = Passage("d", "", "a b. c d."), Passage("e", "", "a b.")
-    passages, pieces_of = split_corpus([long, short], 2)
-    assert [p.id for p in passages] == ["d#0", "d#1", "e"] and pieces_of == {"d": ["d#0", "d#1"]}
-    with pytest.raises(ValueError, match="'d#1'"):
-        split_corpus([long, Passage("d#1", "", "x")], 2)

@@ -9,6 +9,7 @@ from jmlr_jax import cli
 from jmlr_jax.commands import pipeline
 from jmlr_jax.commands import search as module
 from jmlr_jax.commands.search import Engine, SearchError, matches, read_questions, shown
+from jmlr_jax.data.schema import RecordError
 from jmlr_jax.retrieval.fusion import reciprocal_rank
 from jmlr_jax.retrieval.store import IndexUnusable
 
@@ -133,6 +134,14 @@ def test_files_of_questions(tmp_path):
     assert read_questions(file) == (["a", "b"], ["one two", "three"])
     file.write_text("a\tone\nno tab here\n")
     with pytest.raises(SearchError, match=r"q.tsv:2: expected an id, a tab"):
+        read_questions(file)
+    file.write_text("a\tone\n\na\ttwo\n")
+    with pytest.raises(SearchError, match=r"q.tsv:3: the id a stands in line 1 already"):
+        read_questions(file)
+    file.write_bytes("a\tone\u2028two\r\nb\tx\r\n".encode())
+    assert read_questions(file) == (["a", "b"], ["one\u2028two", "x"])
+    file.write_bytes(b"a\tone\nb\t\xff\n")
+    with pytest.raises(RecordError, match=r"q.tsv:2: .*UTF-8"):
         read_questions(file)
     file.write_text("\n")
     with pytest.raises(SearchError, match="no questions"):

@@ -13,7 +13,10 @@ import numpy as np
 from rich.text import Text
 
 from jmlr_jax.config import Config
+from jmlr_jax.data.fields import check_text
 from jmlr_jax.data.prompts import Prompts
+from jmlr_jax.data.rows import read_lines
+from jmlr_jax.data.schema import FieldError
 from jmlr_jax.data.tokenise import tokenise
 from jmlr_jax.data.tokenizers import encoder, load_tokenizer
 from jmlr_jax.errors import JmlrError
@@ -214,24 +217,28 @@ def read_questions(path: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
     """Ids and texts of a file of questions: a line for each, ``id<TAB>text``.
 
     Raises:
-      SearchError: no file, no question, or a line of another form, named by its number.
+      SearchError: no file, no question, or an id that an earlier line has.
+      RecordError: a line of another form, or that is not UTF-8 text.
     """
-    try:
-        lines = any_path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SearchError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    ids, texts = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        name, tab, text = line.partition("\t")
-        if not tab or not name.strip() or not text.strip():
-            raise SearchError(f"{path}:{number}: expected an id, a tab and a question, got {line[:80]!r}")
-        ids.append(name.strip())
-        texts.append(text.strip())
-    if not ids:
-        raise SearchError(f"{path}: no questions; write a line `id<TAB>question` for each")
-    return ids, texts
+    file = os.fspath(path)
+    if not any_path(file).is_file():
+        raise SearchError(f"{file}: no such file")
+    texts: dict[str, str] = {}
+    line_of: dict[str, int] = {}
+    for number, line in read_lines(file):
+        try:
+            check_text(line)
+        except FieldError as error:
+            raise error.at(file, number) from None
+        name, _, text = (part.strip() for part in line.partition("\t"))
+        if not name or not text:
+            raise SearchError(f"{file}:{number}: expected an id, a tab and a question, got {line.strip()[:80]!r}")
+        if name in texts:
+            raise SearchError(f"{file}:{number}: the id {name} stands in line {line_of[name]} already")
+        texts[name], line_of[name] = text, number
+    if not texts:
+        raise SearchError(f"{file}: no questions; write a line `id<TAB>question` for each")
+    return list(texts), list(texts.values())
 
 
 def shown(found: Sequence[Found]) -> Text:

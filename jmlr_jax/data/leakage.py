@@ -1,8 +1,9 @@
 """Removes passages that quote an evaluation question together with its answer.
 
-The test is a run of ``n`` equal words (lower-cased, punctuation dropped) between ``title text`` of a passage and
-``question answer`` of a question. Only dev and test questions remove passages: text shared with a training question
-gives no evaluation answer away, and removing it would take gold passages from training; it is counted and shown.
+The test is a run of ``n`` equal words (lower-cased, punctuation dropped; of text without spaces between words,
+characters) between ``title text`` of a passage and ``question answer`` of a question. Only dev and test questions
+remove passages: text shared with a training question gives no evaluation answer away, and removing it would take gold
+passages from training; it is counted and shown.
 
 A passage that is labelled gold for some question and is removed all the same is counted on its own: question sets made
 by quoting their passages lose their gold this way, and then a larger ``n``, or 0 for none, is right.
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jmlr_jax import unspaced
 from jmlr_jax.data.schema import Passage, Question
 from jmlr_jax.parallel.progress import track
 
@@ -54,7 +56,8 @@ class LeakageReport:
 
 def words(text: str) -> list[str]:
     """Lower-case words without punctuation, compatibility forms and ligatures unified."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    text = unicodedata.normalize("NFKC", text).lower()
+    return unspaced.words(text) if unspaced.is_unspaced(text) else _WORD.findall(text)
 
 
 def filter_leaks(

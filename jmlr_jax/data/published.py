@@ -15,6 +15,12 @@ from jmlr_jax.data.fields import Raw
 from jmlr_jax.data.schema import FieldError, Passage, Question
 
 PUBMEDQA_OPTIONS = ("yes", "no", "maybe")
+READ = {  # fields that are read; of JSON with answers, the others are for readers
+    "medqa": {"question", "answer", "options", "answer_idx", "meta_info"},
+    "medmcqa": {"id", "question", "opa", "opb", "opc", "opd", "cop", "subject_name"},
+    "pubmedqa": {"QUESTION", "CONTEXTS", "LABELS", "final_decision"},
+    "mirage": {"question", "options", "answer", "PMID"},
+}
 
 
 class CopyError(FieldError):
@@ -45,23 +51,28 @@ def medmcqa(record: Raw, default_id: str) -> Question:
     Hugging Face's copy counts ``cop`` from 0, which would shift every answer; a 0 stops the reading in any mode.
     """
     options = tuple(fields.text(record, f"op{letter}") for letter in "abcd")
-    cop = record.get("cop")
-    if cop == 0 and cop is not False:
-        raise CopyError("cop", "1 to 4 as in the published files (this copy seems to count from 0: add 1)", cop)
-    if not isinstance(cop, int) or isinstance(cop, bool) or not 1 <= cop <= 4:
-        raise FieldError("cop", "the right option, 1 to 4 (the published test split has no labels; use dev)", cop)
+    index = right_of_four(record.get("cop"))
     return Question(
         id=fields.optional_text(record, "id") or default_id,
         question=fields.text(record, "question"),
         options=options,
-        answer=options[cop - 1],
-        answer_index=cop - 1,
+        answer=options[index],
+        answer_index=index,
         kind=fields.optional_text(record, "subject_name"),
     )
 
 
-def mmlu(cells: Sequence[str], subject: str, number: int) -> Question:
-    """A row of an MMLU subject's CSV without header: question, four options, right letter."""
+def right_of_four(cop: object) -> int:
+    """Place, from 0, of the right option that MedMCQA's ``cop`` names."""
+    if str(cop).strip() == "0":
+        raise CopyError("cop", "1 to 4 as in the published files (this copy seems to count from 0: add 1)", cop)
+    if str(cop).strip() not in ("1", "2", "3", "4"):
+        raise FieldError("cop", "the right option, 1 to 4 (the published test split has no labels; use dev)", cop)
+    return int(str(cop)) - 1
+
+
+def mmlu(cells: Sequence[str], id_: str, subject: str) -> Question:
+    """A row of an MMLU subject's CSV without header: question, four options, right letter; ``kind`` is the subject."""
     if len(cells) != 6:
         raise FieldError("(row)", "6 cells: question, four options, answer letter", list(cells))
     names = ("question", "option A", "option B", "option C", "option D", "answer")
@@ -69,7 +80,7 @@ def mmlu(cells: Sequence[str], subject: str, number: int) -> Question:
     options = tuple(fields.text(record, name) for name in names[1:5])
     index = fields.letter_index(record, "answer", options)
     return Question(
-        id=f"{subject}-{number:03d}",
+        id=id_,
         question=fields.text(record, "question"),
         options=options,
         answer=options[index],

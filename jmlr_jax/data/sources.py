@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jmlr_jax.config import Config
 from jmlr_jax.data.leakage import LeakageReport, filter_leaks
-from jmlr_jax.data.readers import ReadReport, read_corpus, read_questions
+from jmlr_jax.data.readers import Place, ReadReport, read_corpus, read_questions
 from jmlr_jax.data.schema import SPLITS, InputError, Passage, Question
 from jmlr_jax.data.split import split_corpus
 from jmlr_jax.files import any_path
@@ -41,6 +41,7 @@ def read_sources(cfg: Config) -> Sources:
     notes: dict[str, Any] = {"read": []}
     questions: Questions = {split: [] for split in SPLITS}
     documents: list[Passage] = []
+    asked_at: dict[str, Place] = {}
     if data.questions == "world":
         from jmlr_jax.data.world import make_world
 
@@ -53,22 +54,24 @@ def read_sources(cfg: Config) -> Sources:
             path = getattr(data, f"{split}_path")
             if path is None:
                 continue
-            result = read_questions(data.questions, _existing(f"data.{split}_path", path), data.on_error)
+            path = _existing(f"data.{split}_path", path)
+            result = read_questions(data.questions, path, data.on_error, tsv_quotes=data.tsv_quotes)
+            if both := asked_at.keys() & result.report.places.keys():
+                id_ = min(both)
+                (file, line), (other, before) = result.report.places[id_], asked_at[id_]
+                raise InputError(f"{file}:{line}: the question id {id_!r} stands in {other}:{before} already")
+            asked_at |= result.report.places
             questions[split] = result.questions
             documents += result.passages
             notes["read"].append(_read_notes(result.report))
         if data.corpus_path is not None:
-            documents, report = read_corpus(_existing("data.corpus_path", data.corpus_path), data.on_error)
+            path = _existing("data.corpus_path", data.corpus_path)
+            documents, report = read_corpus(path, data.on_error, tsv_quotes=data.tsv_quotes)
             notes["read"].append(_read_notes(report))
     if not any(questions.values()):
         raise InputError("no questions: set data.train_path, data.dev_path or data.test_path")
     if not documents:
         raise InputError(f"no passages: data.questions={data.questions} has none of its own, set data.corpus_path")
-    repeated = _repeated(question.id for split in SPLITS for question in questions[split])
-    if repeated:
-        raise InputError(f"the question id {repeated!r} stands in more than one split")
-    if repeated := _repeated(document.id for document in documents):
-        raise InputError(f"the passage id {repeated!r} stands twice in the corpus")
 
     passages, pieces_of = split_corpus(documents, data.passage_words)
     questions = {split: [_with_pieces(question, pieces_of) for question in questions[split]] for split in SPLITS}
@@ -104,12 +107,3 @@ def _existing(key: str, path: str) -> str:
     if not any_path(path).exists():
         raise FileNotFoundError(f"{key}={path}: no such file")
     return path
-
-
-def _repeated(ids: Iterable[str]) -> str | None:
-    seen: set[str] = set()
-    for id_ in ids:
-        if id_ in seen:
-            return id_
-        seen.add(id_)
-    return None

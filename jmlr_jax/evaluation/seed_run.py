@@ -128,7 +128,7 @@ def _read_json(path: epath.Path, run: SeedRun) -> dict[str, Any]:
 def _read_jsonl(path: epath.Path, run: SeedRun) -> list[dict[str, Any]]:
     place = f"{run.name}: {path.parent.name}/{path.name}"
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # answers may hold U+2028, at which splitlines() cuts
     except FileNotFoundError:
         run.missing.append(place)
         return []

@@ -9,6 +9,8 @@ import bm25s
 import numpy as np
 import Stemmer
 
+from jmlr_jax.unspaced import spaced
+
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # the library sets DEBUG, and says so on every index
 
 
@@ -29,6 +31,8 @@ def best_rows(score_N: np.ndarray, k: int) -> np.ndarray:
 
 class BM25:
     """Lucene's BM25 (k1 = 1.5, b = 0.75) over English word stems, stop words removed.
+
+    Text without spaces between words is found by its overlapping pairs of characters (``unspaced.py``).
 
     Deterministic: scores add up in the order of the question's words, equal scores keep the order of the passages.
 
@@ -51,7 +55,11 @@ class BM25:
 
     def _words(self, texts: Sequence[str]) -> list[list[str]]:
         return bm25s.tokenize(
-            list(texts), stopwords="english", stemmer=self._stemmer, return_ids=False, show_progress=False
+            [spaced(text) for text in texts],
+            stopwords="english",
+            stemmer=self._stemmer,
+            return_ids=False,
+            show_progress=False,
         )
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -123,7 +123,7 @@ def _cut(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
