@@ -22,7 +22,7 @@ import numpy as np
 from jmlr_jax import config_io
 from jmlr_jax.data.batches import Batch, Prepared, assemble
 from jmlr_jax.data.prepare import prepare
-from jmlr_jax.evaluation.evaluate import evaluate_batch
+from jmlr_jax.evaluation.reading import evaluate_batch
 from jmlr_jax.method.prompt import reading_width
 from jmlr_jax.nn.functional import init_llama
 from jmlr_jax.retrieval.bm25 import BM25

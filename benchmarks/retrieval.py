@@ -26,7 +26,7 @@ import numpy as np
 import retrieval_vectors as source
 
 from jmlr_jax.config import IndexConfig
-from jmlr_jax.evaluation.metrics import bootstrap_interval
+from jmlr_jax.evaluation.intervals import bootstrap_interval
 from jmlr_jax.retrieval.bm25 import BM25
 from jmlr_jax.retrieval.build import build_index
 from jmlr_jax.retrieval.exact import ExactIndex, ExactSearch

@@ -196,6 +196,18 @@ class EvalConfig(Strict):
     max_questions: int = Field(0, ge=0, description="0: all")
     bootstrap: PositiveInt = 2000
     hit_at: tuple[PositiveInt, ...] = (1, 5, 10)
+    conditions: tuple[Literal["gold", "random"], ...] = Field(
+        (), description="what each arm's reader also reads: gold passages (a ceiling), random ones; a pass each"
+    )
+    permutations: bool = Field(
+        False, description="options in every cyclic order; one more pass for each option but the first"
+    )
+    judge_passages: bool = Field(
+        False, description="loss after each passage alone, of those read and those read before training: 2 N passes"
+    )
+    max_risk: UnitInterval = Field(
+        0.2, description="fraction of answers that may be wrong; sets, on dev, how sure an answer must be to be given"
+    )
 
 
 class MeshConfig(Strict):

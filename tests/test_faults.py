@@ -20,7 +20,7 @@ from jmlr_jax.data.batches import Prepared, assemble
 from jmlr_jax.data.leakage import filter_leaks
 from jmlr_jax.data.schema import InputError, Passage, Question
 from jmlr_jax.data.token_table import TokenTable
-from jmlr_jax.evaluation.metrics import parse_answer
+from jmlr_jax.evaluation.answers import parse_answer
 from jmlr_jax.method.losses import RANK_LOSSES, llm_rank_loss, rank_loss
 from jmlr_jax.method.prompt import read_prompt
 from jmlr_jax.method.scoring import maxsim, minmax, sample

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from steps import LORA, M, adapters, batch, frozen, spec, weights
 
-from jmlr_jax.config import LlamaConfig, LoraConfig, MeshConfig, RopeScalingConfig
+from jmlr_jax.config import MeshConfig
+from jmlr_jax.config_models import LlamaConfig, LoraConfig, RopeScalingConfig
 from jmlr_jax.method.step import joint_loss, judge
 from jmlr_jax.nn import functional as F
 from jmlr_jax.nn.lora import bind, init_lora

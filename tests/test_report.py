@@ -11,7 +11,7 @@ from etils import epath
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.evaluation import figures
 from jmlr_jax.evaluation.figures import PANELS
-from jmlr_jax.evaluation.metrics import bootstrap_interval
+from jmlr_jax.evaluation.intervals import bootstrap_interval
 from jmlr_jax.evaluation.report import report
 from jmlr_jax.evaluation.seed_run import ARMS, curves_by_metric, read_run
 

@@ -12,16 +12,19 @@ import jax
 import numpy as np
 
 from jmlr_jax.data.tokenizers import load_tokenizer
-from jmlr_jax.evaluation.evaluate import SUMMARY, Reader, evaluate_arm
-from jmlr_jax.evaluation.metrics import ranking_summary
+from jmlr_jax.evaluation.evaluate import SUMMARY, Probe, evaluate_arm
+from jmlr_jax.evaluation.probes import Judged, conditions, orders, passages_alone, pooled
+from jmlr_jax.evaluation.ranking import ranking_summary
+from jmlr_jax.evaluation.reading import Reader
 from jmlr_jax.files import write_text
 from jmlr_jax.nn import lora
 from jmlr_jax.parallel import distributed
 from jmlr_jax.parallel.distributed import on_first
 from jmlr_jax.run.artifact import Recipe, artifact, changes
-from jmlr_jax.run.candidates import fixed_table
+from jmlr_jax.run.candidates import bm25_search, fixed_table
+from jmlr_jax.run.index import pair_scores
 from jmlr_jax.run.open import Run
-from jmlr_jax.run.phases import PHASES, trained_retriever
+from jmlr_jax.run.phases import PHASES, PassageSource, trained_retriever
 from jmlr_jax.run.recipes import evaluation_recipe, retrieval_recipe
 from jmlr_jax.run.weights import INITIAL, digests, retriever_of, trained
 
@@ -64,14 +67,46 @@ def _arm(run: Run, arm: str) -> Callable[[Path], None]:
         decode=_decoder(run),
         adapters=None if adapters is None else lora.bind(weights["generator"], adapters),
     )
-    source = "retriever" if phase.passages == "live" else phase.passages
+    source: PassageSource = "retriever" if phase.passages == "live" else phase.passages
     retriever = retriever_of(run, trained_retriever(arm)) if source == "retriever" else None
     retrieval, ranked = _ranking(run, source, retriever)
     read = cfg.train.read_passages
     # Of chance passages the first of many are not those of few; and of equal scores an index may return any.
     table = ranked[:, :read] if source == "bm25" else fixed_table(run, source, cfg.eval.split, read, retriever)
-    result = evaluate_arm(arm, reader, run.prepared, cfg.eval.split, table, cfg, mesh=run.mesh)
+    probes = _probes(run, arm, source, retriever, table)
+    result = evaluate_arm(arm, reader, run.prepared, cfg.eval.split, table, cfg, mesh=run.mesh, probes=probes)
     return result.with_retrieval(retrieval).save
+
+
+def _probes(run: Run, arm: str, source: PassageSource, retriever: Any, table_NxK: np.ndarray) -> list[Probe]:
+    """The further readings that the configuration asks for."""
+    cfg, split = run.cfg, run.cfg.eval.split
+    probes: list[Probe] = []
+    if cfg.eval.conditions:
+        read = cfg.train.read_passages
+        tables = {"gold": _padded(run.gold(split))[:, :read], "random": fixed_table(run, "random", split, read)}
+        probes.append(conditions({name: tables[name] for name in cfg.eval.conditions}))
+    if cfg.eval.permutations:
+        probes.append(orders)
+    if cfg.eval.judge_passages and source != "none":
+        probes.append(passages_alone(_judged(run, arm, source, retriever, table_NxK)))
+    return probes
+
+
+def _judged(run: Run, arm: str, source: PassageSource, retriever: Any, table_NxK: np.ndarray) -> Judged:
+    """The passages that an arm reads, and for a trained retriever those it would have read before training, with the
+    scores of both retrievers: either ranks what the other found too."""
+    split, rows = run.cfg.eval.split, np.arange(len(table_NxK))
+    if source != "retriever":
+        scores = (
+            bm25_search(run, split, table_NxK.shape[1])[1] if source == "bm25" else np.full(table_NxK.shape, np.nan)
+        )
+        return Judged(table_NxK, {"score": scores})
+    pool, named = table_NxK, {"score": retriever}
+    if trained_retriever(arm) is not None:
+        named["score_before"] = first = retriever_of(run, None)
+        pool = pooled([table_NxK, fixed_table(run, source, split, table_NxK.shape[1], first)])
+    return Judged(pool, {name: pair_scores(run, each, split, rows, pool) for name, each in named.items()})
 
 
 def _initial(run: Run) -> Callable[[Path], None]:

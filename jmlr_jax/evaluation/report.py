@@ -18,7 +18,7 @@ from rich.table import Table
 
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.evaluation.figures import accuracy_figure, arm_name, retriever_figure, training_figure
-from jmlr_jax.evaluation.metrics import bootstrap_interval, paired_bootstrap
+from jmlr_jax.evaluation.intervals import bootstrap_interval, paired_bootstrap
 from jmlr_jax.evaluation.seed_run import ARMS, SeedRun, curves_by_metric, read_run, seed_folders
 from jmlr_jax.files import replacing, write_text
 from jmlr_jax.parallel import distributed

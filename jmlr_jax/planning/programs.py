@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jmlr_jax.config import Config
 from jmlr_jax.data.tokenizers import GeneratorIds
 from jmlr_jax.errors import JmlrError
-from jmlr_jax.evaluation.evaluate import evaluate_batch
+from jmlr_jax.evaluation.reading import evaluate_batch
 from jmlr_jax.nn import lora
 from jmlr_jax.nn.abstract import abstract_weights
 from jmlr_jax.nn.functional import encode_passages

@@ -60,9 +60,14 @@ def _save(file: Path, tables: dict[str, np.ndarray]) -> None:
 
 def bm25_table(run: Run, split: str, k: int, with_answer: bool = False) -> np.ndarray:
     """BM25's k best passages for the question, or for question and right answer together (distant supervision)."""
+    return bm25_search(run, split, k, with_answer)[0]
+
+
+def bm25_search(run: Run, split: str, k: int, with_answer: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The same with its scores; see :meth:`jmlr_jax.retrieval.bm25.BM25.search`."""
     questions = run.prepared.questions(split)
     texts = [f"{q.question} {q.answer}" if with_answer else q.question for q in questions]
-    return run.lexical.search(texts, k)[0]
+    return run.lexical.search(texts, k)
 
 
 class Candidates:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jmlr_jax.method.scoring import maxsim
 from jmlr_jax.nn.functional import encode_passages, encode_queries
 from jmlr_jax.parallel.placement import local_mesh
 from jmlr_jax.retrieval.build import build_index, changed_fraction, update_index
@@ -24,6 +25,8 @@ from jmlr_jax.run.recipes import index_recipe
 
 UPDATE_BELOW = 0.3  # an index is built anew where more of its entries would be new or dead, outside code and tuning
 DIGEST_CHUNK = 8192  # passages read at once
+PAIR_CHUNK = 64  # questions whose passages' token vectors are held at once
+_maxsim = jax.jit(maxsim)
 
 
 def index_home(run: Run, name: str) -> Path:
@@ -52,16 +55,7 @@ def retriever_index(run: Run, retriever: Any, keep: bool = False) -> Shards:
     passages, corpus = _shard(run)
 
     def encode_rows(rows: np.ndarray) -> Iterator[TokenVectors]:
-        return encode_passages_batched(
-            encode_passages,
-            retriever,
-            run.retriever,
-            run.prepared.passage_tokens,
-            passages.start + rows,
-            run.prepared.skip_V,
-            batch=_encode_batch(run),
-            mesh=local_mesh(run.mesh),
-        )
+        return passage_vectors(run, retriever, passages.start + rows)
 
     def own(index: Index) -> Shards:
         return Shards([(passages, index)], len(run.prepared.passages))
@@ -161,6 +155,20 @@ def _encode_batch(run: Run) -> int:
     return -(-run.cfg.index.encode_batch // jax.process_count())
 
 
+def passage_vectors(run: Run, retriever: Any, rows: np.ndarray) -> Iterator[TokenVectors]:
+    """Token vectors of these passages in order, in pieces."""
+    return encode_passages_batched(
+        encode_passages,
+        retriever,
+        run.retriever,
+        run.prepared.passage_tokens,
+        rows,
+        run.prepared.skip_V,
+        batch=_encode_batch(run),
+        mesh=local_mesh(run.mesh),
+    )
+
+
 def query_vectors(run: Run, retriever: Any, split: str, rows: np.ndarray) -> Any:
     """Token vectors of these questions in order, in pieces [n, Q, C]."""
 
@@ -184,6 +192,33 @@ def search(
     """The k best passages of these questions in the shards of this process: corpus rows int32 [n, k], and scores."""
     with _alone(run):
         return build_table(index.held_best, query_vectors(run, retriever, split, rows), len(rows), k)
+
+
+def pair_scores(run: Run, retriever: Any, split: str, rows_n: np.ndarray, table_nxK: np.ndarray) -> np.ndarray:
+    """Exact MaxSim of these questions and their passages, float32 [n, K], NaN where the table has -1.
+
+    Args:
+      retriever: of :func:`jmlr_jax.parallel.placement.local_arrays`; every process computes all scores on its own.
+    """
+    score_nxK = np.full(table_nxK.shape, np.nan, np.float32)
+    with _alone(run):
+        for first in range(0, len(rows_n), PAIR_CHUNK):
+            # The last chunk keeps the shape: it is filled up with questions that have no passages.
+            at = np.arange(first, first + PAIR_CHUNK)
+            inside = at < len(rows_n)
+            table = np.where(inside[:, None], table_nxK[at % len(rows_n)], -1)
+            if not (table >= 0).any():
+                continue
+            q_BxQxC = np.concatenate(list(query_vectors(run, retriever, split, rows_n[at % len(rows_n)])))
+            passages, place = np.unique(np.maximum(table, 0), return_inverse=True)
+            pieces = list(passage_vectors(run, retriever, passages))
+            p_NxPxC, keep_NxP = (
+                np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("vectors_NxPxC", "keep_NxP")
+            )
+            place = place.reshape(table.shape)
+            found = np.asarray(_maxsim(q_BxQxC, p_NxPxC[place].astype(np.float32), keep_NxP[place]))
+            score_nxK[at[inside]] = np.where(table >= 0, found, np.nan)[inside]
+    return score_nxK
 
 
 def merged(row_nxK: np.ndarray, score_nxK: np.ndarray) -> np.ndarray:

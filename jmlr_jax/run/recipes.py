@@ -123,12 +123,19 @@ def evaluation_recipe(
     phase = PHASES[arm]
     keys = {f"eval.{name}": getattr(cfg.eval, name) for name in ("max_questions", "bootstrap")}
     keys |= {"seed": cfg.seed, "generator.max_length": cfg.generator.max_length}
+    keys |= {"eval.conditions": list(cfg.eval.conditions), "eval.permutations": cfg.eval.permutations}
     inputs = {f"{split} questions": fingerprints[split]} | {f"arms/{name}": made for name, made in weights.items()}
     if phase.passages != "none":
-        keys |= {"train.read_passages": cfg.train.read_passages, **_ranking_keys(cfg)}
+        keys |= _ranking_keys(cfg)
+        keys["eval.judge_passages"] = cfg.eval.judge_passages
+    if phase.passages != "none" or cfg.eval.conditions:
+        keys["train.read_passages"] = cfg.train.read_passages
         inputs["passages"] = fingerprints["passages"]
     if phase.passages in ("live", "retriever"):
         keys |= index_keys(cfg)
+        if cfg.eval.judge_passages:  # of the retriever before training too
+            more_keys, more_inputs = model_recipe(cfg, fingerprints, "retriever")
+            keys, inputs = keys | more_keys, inputs | more_inputs
     return Recipe(_evaluations(cfg) / split / arm, keys, inputs)
 
 
