@@ -13,7 +13,7 @@ from rich.console import Console
 from runs import assert_same_weights, one_device, open_run
 
 from jmlr_jax.config import Config
-from jmlr_jax.evaluation import arms, evaluate
+from jmlr_jax.evaluation import arms, reading
 from jmlr_jax.parallel.sharding import ShardingError
 from jmlr_jax.planning.programs import step_program
 from jmlr_jax.run.open import Run
@@ -141,7 +141,7 @@ def test_the_frozen_base_lies_on_the_devices_once(opened: Any, monkeypatch: pyte
     assert copies() == 0
 
     seen.clear()
-    monkeypatch.setattr(evaluate, "place_batch", counted("evaluation", evaluate.place_batch))
+    monkeypatch.setattr(reading, "place_batch", counted("evaluation", reading.place_batch))
     monkeypatch.setattr(arms, "fixed_table", counted("retrieval", arms.fixed_table))
     arms.evaluate_arms(opened(generator=ADAPTERS, train=SHORT | {"warmup": {"steps": 1}}), ["bm25"])
     assert {name for name, _ in seen} == {"evaluation", "retrieval"} and {count for _, count in seen} == {1}

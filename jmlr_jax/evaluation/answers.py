@@ -32,7 +32,8 @@ def parse_answer(text: str, options: Sequence[str]) -> int | None:
     bold, or after a phrase such as ``answer:``, ``the answer is`` or ``option``. A capital that merely starts a
     sentence ("A patient ...") is not a letter. What stands in ``\\boxed{}``, or in JSON under ``answer``,
     ``answer_choice`` and the like, is the answer whatever else is said; what was thought aloud before ``</think>`` is
-    not read. Of options that say the same the first is given. Any text is accepted, the empty one included (method.md, fault 13).
+    not read. Of options that say the same the first is given. Any text is accepted, the empty one included (method.md,
+    fault 13).
 
     >>> options = ("aspirin", "low-dose aspirin", "heparin", "none of these")
     >>> [parse_answer(t, options) for t in ("b", "Answer: C.", "Low-dose Aspirin", "It must be heparin.", "", "A or B")]

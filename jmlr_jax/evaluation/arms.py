@@ -96,11 +96,10 @@ def _probes(run: Run, arm: str, source: PassageSource, retriever: Any, table_NxK
 def _judged(run: Run, arm: str, source: PassageSource, retriever: Any, table_NxK: np.ndarray) -> Judged:
     """The passages that an arm reads, and for a trained retriever those it would have read before training, with the
     scores of both retrievers: either ranks what the other found too."""
-    split, rows = run.cfg.eval.split, np.arange(len(table_NxK))
+    cfg, split, rows = run.cfg, run.cfg.eval.split, np.arange(len(table_NxK))
     if source != "retriever":
-        scores = (
-            bm25_search(run, split, table_NxK.shape[1])[1] if source == "bm25" else np.full(table_NxK.shape, np.nan)
-        )
+        read = cfg.train.read_passages
+        scores = bm25_search(run, split, read)[1] if source == "bm25" else np.full(table_NxK.shape, np.nan)
         return Judged(table_NxK, {"score": scores})
     pool, named = table_NxK, {"score": retriever}
     if trained_retriever(arm) is not None:

@@ -20,6 +20,7 @@ from jmlr_jax.config import Config
 from jmlr_jax.data.batches import Prepared
 from jmlr_jax.data.schema import Question
 from jmlr_jax.evaluation.answers import exact_match, first_equal, parse_answer, token_f1
+from jmlr_jax.evaluation.effects import SeedRows, probed
 from jmlr_jax.evaluation.intervals import bootstrap_interval
 from jmlr_jax.evaluation.reading import Reader, Setting, batches, evaluate_batch, question_batch, read_batch
 from jmlr_jax.files import write_text
@@ -121,7 +122,7 @@ def summarise_rows(rows: Rows, resamples: int, seed: int = 0) -> dict[str, Any]:
     (guessing; null without options), ``generation`` (``accuracy low high unparsed exact_match f1``; ``unparsed`` is a
     number of questions),
     ``nll`` (``with_passages without_passages gain low high``, the interval being that of the gain), ``by_kind``
-    (kind -> ``n accuracy generation_accuracy``), ``dropped_passages``.
+    (kind -> ``n accuracy generation_accuracy``), ``dropped_passages``, and :func:`jmlr_jax.evaluation.effects.probed`.
     """
     groups = [row["group"] for row in rows]
 
@@ -159,6 +160,7 @@ def summarise_rows(rows: Rows, resamples: int, seed: int = 0) -> dict[str, Any]:
         },
         "by_kind": {kind: _kind([row for row in rows if row["kind"] == kind]) for kind in kinds},
         "dropped_passages": sum(row["dropped"] for row in rows),
+        **probed([SeedRows(rows)], resamples, seed),
     }
 
 

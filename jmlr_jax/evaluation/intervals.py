@@ -159,7 +159,10 @@ def resampled(samples: Sequence[Sample], statistic: Statistic, seed: int, resamp
             draws = rng.multinomial(G, np.full(G, 1 / G), R if len(places) > 1 else R * S)
             for place in places:
                 value_SxRxS[place] = statistic(place, clusters[place], draws).reshape(R, -1)
-        means.append(np.nanmean(np.take_along_axis(value_SxRxS, seed_RxS[None], axis=0)[0], axis=1))
+        drawn_RxS = np.take_along_axis(value_SxRxS, seed_RxS[None], axis=0)[0]
+        known_RxS = ~np.isnan(drawn_RxS)
+        with np.errstate(invalid="ignore"):  # none of the drawn seeds has a value
+            means.append(np.where(known_RxS, drawn_RxS, 0).sum(axis=1) / known_RxS.sum(axis=1))
     return np.concatenate(means)
 
 

@@ -54,8 +54,8 @@ def _answered(question: Question, nll_O: np.ndarray) -> dict[str, Any]:
 
 
 def orders(setting: Setting, place_n: np.ndarray, table_nxK: np.ndarray) -> Added:
-    """A probe that adds ``orders``: which option, as numbered in the question, is the likeliest when the options stand in
-    each cyclic order, the first being their own; null where a question does not fit in that order.
+    """A probe that adds ``orders``: which option, as numbered in the question, is the likeliest when the options stand
+    in each cyclic order, the first being their own; null where a question does not fit in that order.
 
     A question of O options is read O times.
     """

@@ -1,5 +1,5 @@
-"""How well passages are ranked, in plain numpy: one value per question, so that the same values feed a mean, a bootstrap
-interval and a paired comparison.
+"""How well passages are ranked, in plain numpy: one value per question, so that the same values feed a mean, a
+bootstrap interval and a paired comparison.
 """
 
 from __future__ import annotations
