@@ -1,4 +1,4 @@
-"""Plans by the real TPU compiler for a small model; the reading of compiled programs; the count of the least work."""
+"""Plans by the real TPU compiler for a small model; the reading of compiled programs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from jmlr_jax.config import Config
 from jmlr_jax.config_models import EncoderLoraConfig
 from jmlr_jax.parallel import libtpu
 from jmlr_jax.parallel.sharding import ShardingError
-from jmlr_jax.planning import flops, hlo, plan, programs
+from jmlr_jax.planning import hlo, plan, programs
 from jmlr_jax.planning import report as plan_report
+from jmlr_jax.planning.chips import CHIPS, GIB
 from jmlr_jax.planning.estimate import estimate, part
-from jmlr_jax.planning.flops import CHIPS, GIB, step_work
 
 SMALL = {
     "retriever": {
@@ -292,34 +292,6 @@ def test_pairs_under_a_window() -> None:
     # A batch of four written as a convolution: four taps over four spread-out places, one meets each.
     spread = {"size": "4", "stride": "3", "pad": "0_0", "lhs_dilate": "4"}
     assert hlo._window_pairs(4, 4, 4, spread) == 4
-
-
-# ---------------------------------------------------------------- the least work
-
-
-def test_least_work_by_hand() -> None:
-    """One layer, one head, written out with numbers; then what adapters save."""
-    cfg = small().model_copy(deep=True)
-    work = step_work(cfg)
-    D, F, V, A, r = 256, 512, 512, 16, 8
-    weights = 2 * (4 * D * D + 3 * D * F)  # two layers
-    judged, read = 1 + 112 + 127 + 16, 1 + 3 * 112 + 127 + 16
-    assert flops.prompt_lengths(cfg) == (judged, read)
-    head = 2 * D * V * A
-
-    def attention(tokens: int) -> float:
-        return 2 * 2 * 2 * D * tokens * (tokens + 1) / 2  # layers, products, FLOPs, width, pairs
-
-    assert work.judge == 4 * (2 * weights * judged + head + attention(judged))
-    adapters = 2 * 3 * 2 * r * (4 * (D + D) + 3 * (D + F)) * read
-    assert work.read == 2 * (2 * weights * read + head) + 3 * attention(read) + adapters
-    full = cfg.model_copy(update={"generator": cfg.generator.model_copy(update={"lora": None})})
-    assert step_work(full).read == 3 * (2 * weights * read + head + attention(read))
-    adapted = cfg.retriever.model_copy(update={"lora": EncoderLoraConfig(rank=8, targets=("q", "up"))})
-    tokens, saved = 6 * 64 + 32, 2 * (4 * 128 * 128 + 2 * 128 * 128) - 3 * 2 * 8 * 2 * (128 + 128)
-    assert work.encode - step_work(cfg.model_copy(update={"retriever": adapted})).encode == tokens * saved
-    one = 1 * (2 * (4 * 128 * 128 + 2 * 128 * 128) * 64 + 4 * 128 * 64**2) + 2 * 128 * 128 * 64
-    assert flops.encoder_forward(cfg.retriever.bert, 128, 64) == one
 
 
 @pytest.mark.parametrize("name", sorted(config_io.presets()))

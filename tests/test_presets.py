@@ -22,7 +22,7 @@ from jmlr_jax.data.prepare import prepare
 from jmlr_jax.data.tokenizers import RetrieverIds
 from jmlr_jax.parallel.sharding import make_mesh
 from jmlr_jax.planning import plan
-from jmlr_jax.planning.flops import GIB
+from jmlr_jax.planning.chips import GIB
 
 PRESETS = sorted(config_io.presets())
 SLICES = [name for name in PRESETS if config_io.load(name).mesh.topology]

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jmlr_jax.nn.attention import visited
-from jmlr_jax.planning.flops import Chip
+from jmlr_jax.planning.chips import Chip
 from jmlr_jax.planning.hlo import COLLECTIVES, Operation
 
 PARTS = ("encode", "judge", "read_forward", "read_recompute", "read_backward", "update", "rest")

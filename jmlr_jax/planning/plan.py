@@ -18,8 +18,8 @@ import jax
 from jmlr_jax.config import Config, MeshConfig
 from jmlr_jax.parallel.libtpu import set_flags
 from jmlr_jax.parallel.sharding import ShardingError, make_mesh, replicated_report
+from jmlr_jax.planning.chips import CHIPS, GIB, Chip
 from jmlr_jax.planning.estimate import Estimate, estimate
-from jmlr_jax.planning.flops import CHIPS, GIB, Chip, Work, step_work
 from jmlr_jax.planning.hlo import parse
 from jmlr_jax.planning.programs import (
     PlanError,
@@ -30,6 +30,8 @@ from jmlr_jax.planning.programs import (
     shard_bytes,
     step_program,
 )
+from jmlr_jax.run.phases import PHASES
+from jmlr_jax.run.work import Work, step_work
 
 SPARE = 0.05  # share of the memory that a plan should leave: the compiler's count is not the runtime's
 MEDQA_QUESTIONS = 10_178
@@ -132,7 +134,7 @@ def make_plan(cfg: Config, topology: str | None = None, *, whole: bool = True) -
     state, frozen, _ = sources["step"].arguments
     replicated = replicated_report({"state": state, "frozen": frozen}, LARGE)
     compiled = {key: compile_program(source, chip, window) for key, source in sources.items()}
-    return Plan(cfg, name, chip, dict(mesh.shape), step_work(resolved(cfg)), replicated, **compiled)
+    return Plan(cfg, name, chip, dict(mesh.shape), step_work(resolved(cfg), PHASES["jmlr"]), replicated, **compiled)
 
 
 def search(cfg: Config, topology: str | None = None) -> Iterator[Plan]:

@@ -13,8 +13,8 @@ from rich.text import Text
 from jmlr_jax.config import Config
 from jmlr_jax.files import write_text
 from jmlr_jax.parallel import distributed
+from jmlr_jax.planning.chips import GIB
 from jmlr_jax.planning.estimate import VECTOR_FORWARD
-from jmlr_jax.planning.flops import GIB
 from jmlr_jax.planning.plan import MEDQA_QUESTIONS, SPARE, Plan, Program, make_plan, search
 from jmlr_jax.planning.programs import PlanError
 
@@ -26,7 +26,7 @@ NOTES = (
     "FLOPs that the method needs: every row at its full length, nothing computed twice, causal attention over visible "
     "pairs.",
     f"An epoch is {MEDQA_QUESTIONS:,} questions (MedQA's training set) through the step, without refreshes and "
-    "evaluation; dollars are an on-demand price per chip-hour of jmlr_jax/planning/flops.py, an assumption.",
+    "evaluation; dollars are an on-demand price per chip-hour of jmlr_jax/planning/chips.py, an assumption.",
 )
 
 

@@ -32,6 +32,10 @@ class Phase:
     rank: bool
     read: bool
 
+    def passages_read(self, most: int) -> int:
+        """How many passages a training prompt has, where an arm that reads several reads `most`."""
+        return {"mixed": 1, "none": 0}.get(self.passages, most)
+
 
 PHASES = {
     phase.name: phase

@@ -24,6 +24,7 @@ from jmlr_jax.run.open import Run, Weights
 from jmlr_jax.run.phases import Phase
 from jmlr_jax.run.weights import begin, is_trained, phase_folder, phase_steps, phase_weights, save_weights
 from jmlr_jax.training.checkpoint import DEV_LOSS, Checkpoints
+from jmlr_jax.training.cost import costed
 from jmlr_jax.training.metrics_log import MetricsLog
 from jmlr_jax.training.optimizer import trainable_counts
 from jmlr_jax.training.profiling import tracer
@@ -66,7 +67,7 @@ def train_phase(run: Run, phase: Phase, console: Console) -> Path:
     begin(run, phase)
     if is_trained(run, phase.name):
         return folder / "weights"
-    with jax.set_mesh(run.mesh), run.timed("train"):
+    with jax.set_mesh(run.mesh), run.timed("train"), costed(run, phase):
         _train(run, phase, folder, console)
     return folder / "weights"
 

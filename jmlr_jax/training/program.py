@@ -72,7 +72,7 @@ def phase_program(
         rank=phase.rank,
         read=phase.read,
         sampled=train.sampled,
-        passages={"mixed": 1, "none": 0}.get(phase.passages, train.read_passages),
+        passages=phase.passages_read(train.read_passages),
         rank_loss=train.rank_loss,
         tie_margin=train.tie_margin,
         rank_weight=train.rank_weight,

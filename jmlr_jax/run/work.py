@@ -1,4 +1,4 @@
-"""How much work a step is at least, and what a chip can do: the yardsticks that a plan measures a program by.
+"""How much work a step or a phase is at least.
 
 The count is that of steps 1 to 6 of docs/method.md and nothing else: every matrix product once forward and once for
 each gradient that training needs, causal attention over visible pairs only, no rematerialisation, no padding to blocks.
@@ -11,43 +11,7 @@ from dataclasses import dataclass
 
 from jmlr_jax.config import Config
 from jmlr_jax.config_models import BertConfig, LlamaConfig, RetrieverConfig
-
-
-@dataclass(frozen=True)
-class Chip:
-    """One chip.
-
-    Attributes:
-      peak: bfloat16 FLOP/s.
-      clock: Hz of the cycles that the compiler estimates.
-      hbm: bytes of memory that a program can use; the rest belongs to the system.
-      bandwidth: bytes/s of memory.
-      link, links: bytes/s of one link in one direction; how many links even a corner of a slice has.
-      fill: share of the matrix unit that heads of width 128 fill; it is 256 wide on v6e.
-      price: US dollars for a chip-hour on demand: an assumption, to be replaced by your own.
-      megacore: whether the chip's two cores are one device of the program.
-    """
-
-    name: str
-    peak: float
-    clock: float
-    hbm: float
-    bandwidth: float
-    link: float
-    links: int
-    fill: float
-    price: float
-    megacore: bool = False
-
-
-GIB = 2**30
-# Peaks, bandwidths and links as published for each generation; usable memory as the compiler states it.
-CHIPS = {
-    "v4": Chip("TPU v4", 275e12, 1.05e9, 30.75 * GIB, 1.23e12, 45e9, 3, 1.0, 3.22, megacore=True),
-    "v5e": Chip("TPU v5e", 197e12, 1.5e9, 15.75 * GIB, 0.82e12, 45e9, 2, 1.0, 1.20),
-    "v5p": Chip("TPU v5p", 459e12, 1.75e9, 95.74 * GIB, 2.77e12, 90e9, 3, 1.0, 4.20),
-    "v6e": Chip("TPU v6e", 918e12, 1.75e9, 31.25 * GIB, 1.64e12, 90e9, 2, 0.5, 2.70),
-}
+from jmlr_jax.run.phases import Phase
 
 
 @dataclass(frozen=True)
@@ -94,40 +58,68 @@ def encoder_forward(cfg: BertConfig, dim: int, length: int) -> float:
     return cfg.num_layers * layer + 2 * D * dim * length
 
 
-def prompt_lengths(cfg: Config) -> tuple[int, int]:
-    """Tokens of a judging and of a reading prompt, answers included, as the step lays them out."""
+def prompt_length(cfg: Config, passages: int) -> int:
+    """Tokens of a prompt with so many passages, answer included, as the step lays it out."""
     g = cfg.generator
-    around = 1 + g.question_length + g.answer_length
-    return (
-        min(g.max_length, around + g.passage_length),
-        min(g.max_length, around + cfg.train.read_passages * g.passage_length),
-    )
+    return min(g.max_length, 1 + g.question_length + g.answer_length + passages * g.passage_length)
 
 
-def step_work(cfg: Config) -> Work:
-    """FLOPs that the method needs for one question of a joint step, every row at its full length.
+def step_work(cfg: Config, phase: Phase) -> Work:
+    """FLOPs that the method needs for one question of a step of a phase, every row at its full length.
 
     Judging is a forward pass. Reading is a forward pass, the gradients of activations and, of what trains, those of
     weights: all of them in full fine-tuning, under adapters the adapters' own. The same holds for the retriever, whose
     projection to token vectors may train whole beside its adapters.
+
+    Args:
+      cfg: with the shapes and vocabulary sizes of the models that train.
     """
-    llama, retriever, train = cfg.generator.llama, cfg.retriever, cfg.train
-    weights, A = decoder_weights(llama), cfg.generator.answer_length
-    head = 2 * llama.hidden_size * llama.vocab_size * A
-    judged, read = prompt_lengths(cfg)
-    forward = 2 * weights * read + head
-    attention = decoder_attention(llama, read)
-    lora = cfg.generator.lora
-    if lora is None:
-        reading = 3 * (forward + attention)
-    else:
-        adapters = 3 * 2 * lora.rank * (sum(sum(_sides(llama, name)) for name in lora.targets if name != "lm_head"))
-        reading = 2 * forward + 3 * attention + adapters * llama.num_layers * read
-    encoding = train.candidates * encoder_forward(retriever.bert, retriever.dim, retriever.passage_length)
-    encoding += encoder_forward(retriever.bert, retriever.dim, retriever.query_length)
-    encoding += 2 * train.candidates * retriever.query_length * retriever.passage_length * retriever.dim
-    judging = train.sampled * (2 * weights * judged + head + decoder_attention(llama, judged))
-    return Work(3 * encoding - _spared(retriever, train.candidates), judging, reading)
+    llama, train = cfg.generator.llama, cfg.train
+    passages = phase.passages_read(train.read_passages)
+    judging = train.sampled * _decoder_forward(cfg, prompt_length(cfg, 1)) if phase.rank else 0.0
+    reading = 0.0
+    if phase.read:
+        length = prompt_length(cfg, passages)
+        forward, attention = _decoder_forward(cfg, length), decoder_attention(llama, length)
+        lora = cfg.generator.lora
+        if lora is None:
+            reading = 3 * forward
+        else:
+            adapters = 3 * 2 * lora.rank * (sum(sum(_sides(llama, name)) for name in lora.targets if name != "lm_head"))
+            reading = 2 * forward + attention + adapters * llama.num_layers * length
+    return Work(_encoding(cfg) if phase.rank else 0.0, judging, reading)
+
+
+def phase_work(cfg: Config, phase: Phase, steps: int, passages: int, questions: int) -> dict[str, float]:
+    """FLOPs of a whole phase: ``encode judge read`` of its steps, and ``index``, the encoding of the corpus and of the
+    questions for each table of candidates. The search in an index is not counted.
+
+    Args:
+      passages, questions: in the corpus, and those whose candidates are looked up for a table.
+    """
+    work, asked = step_work(cfg, phase), cfg.train.batch_size * steps
+    tables = {"live": 1 + ((steps - 1) // cfg.train.refresh_steps if cfg.train.refresh_steps else 0), "retriever": 1}
+    bert, retriever = cfg.retriever.bert, cfg.retriever
+    once = passages * encoder_forward(bert, retriever.dim, retriever.passage_length)
+    once += questions * encoder_forward(bert, retriever.dim, retriever.query_length)
+    parts = {"encode": work.encode * asked, "judge": work.judge * asked, "read": work.read * asked}
+    return {**parts, "index": tables.get(phase.passages, 0) * once}
+
+
+def _decoder_forward(cfg: Config, length: int) -> float:
+    """FLOPs of one prompt through the decoder, its head at the answer's places alone."""
+    llama = cfg.generator.llama
+    head = 2 * llama.hidden_size * llama.vocab_size * cfg.generator.answer_length
+    return 2 * decoder_weights(llama) * length + head + decoder_attention(llama, length)
+
+
+def _encoding(cfg: Config) -> float:
+    """FLOPs of training the retriever on a question and its candidates."""
+    retriever, K = cfg.retriever, cfg.train.candidates
+    forward = K * encoder_forward(retriever.bert, retriever.dim, retriever.passage_length)
+    forward += encoder_forward(retriever.bert, retriever.dim, retriever.query_length)
+    forward += 2 * K * retriever.query_length * retriever.passage_length * retriever.dim
+    return 3 * forward - _spared(retriever, K)
 
 
 def _spared(cfg: RetrieverConfig, passages: int) -> float:
