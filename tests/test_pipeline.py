@@ -60,7 +60,7 @@ def test_pictures_and_a_page_of_its_own(finished):
     page = (finished / "report.html").read_text()
     # Pictures are taken out first: base64 spells any four letters sooner or later.
     text, pictures = re.subn(r'src="data:image/png;base64,[A-Za-z0-9+/=]+"', "", page)
-    assert pictures == 3 and "http" not in text.split("<body")[1]
+    assert pictures == 6 and "http" not in text.split("<body")[1]
 
 
 def test_every_arm_gave_the_generator_as_many_updates(finished):

@@ -7,82 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
+from made_runs import write_arm, write_rest
 
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.evaluation import figures
 from jmlr_jax.evaluation.figures import PANELS
-from jmlr_jax.evaluation.intervals import bootstrap_interval
+from jmlr_jax.evaluation.intervals import Sample, seeds_interval
 from jmlr_jax.evaluation.report import report
 from jmlr_jax.evaluation.seed_run import ARMS, curves_by_metric, read_run
-
-EVIL = "<script>alert('x')</script> & \"quotes\""
-
-
-AFTER = {"hit@1": 0.7, "hit@5": 0.9, "mrr@10": 0.8, "ndcg@10": 0.8, "n": 40}
-
-
-def scores(seed):
-    """Ranking metrics of the retriever before training."""
-    return {"hit@1": 0.2 + 0.1 * seed, "hit@5": 0.4, "mrr@10": 0.3, "ndcg@10": 0.3, "n": 40}
-
-
-def write_arm(folder, arm, accuracy, n=40, seed=0, evil=False):
-    rng = np.random.default_rng([seed, ARMS.index(arm)])
-    rows = []
-    for i in range(n):
-        correct = bool(rng.random() < accuracy)
-        rows.append(
-            {
-                "id": f"q{i}",
-                "question": EVIL if evil else f"Question {i}?",
-                "kind": EVIL if evil and i % 2 else "a.b",
-                "group": f"g{i // 4}",
-                "options": 4,
-                "option_texts": ["w", EVIL if evil else "x", "y", "z"],
-                "answer": 1,
-                "prediction": 1 if correct else 2,
-                "correct": correct,
-                "generated": EVIL if evil else "x",
-                "parsed": None if i % 10 == 0 else 1,
-                "generated_correct": i % 10 != 0,
-                "passages": [EVIL if evil else "p1"],
-            }
-        )
-    mean = float(np.mean([row["correct"] for row in rows]))
-    place = folder / "eval" / "test" / arm
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    summary = {
-        "arm": arm,
-        "n": n,
-        "accuracy": mean,
-        "low": mean - 0.1,
-        "high": mean + 0.1,
-        "accuracy_sum": mean,
-        "chance": 0.25,
-        "generation": {"accuracy": 0.9, "low": 0.8, "high": 1.0, "unparsed": 4},
-        "nll": {"with_passages": 0.5 + seed, "without_passages": 1.5 + seed, "gain": 1.0},
-        "retrieval": {"jmlr": AFTER, "bm25": scores(seed)}.get(arm),
-    }
-    (place / "summary.json").write_text(json.dumps(summary))
-    lines = [{"step": s, "loss/answer": 3.0 / (1 + s), "rank/pair_accuracy": 0.5 + s / 100} for s in range(30)]
-    (folder / "arms" / arm).mkdir(parents=True)
-    lines.append({"step": 20, "dev/loss": 0.5 + seed})
-    (folder / "arms" / arm / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "arms" / arm / "speed.jsonl").write_text(json.dumps({"step": 10, "speed/tokens_per_s": 100.0}) + "\n")
-    return mean, rows
-
-
-def write_rest(folder, seed=0):
-    place = folder / "eval" / "test" / "initial"
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "summary.json").write_text(json.dumps({"arm": "initial", "retrieval": scores(seed)}))
-    (folder / "timing.json").write_text(json.dumps({"train": 10.0 + 2 * seed, "total": 30.0}))
-    (folder / "data").mkdir()
-    (folder / "data" / "prepare.json").write_text(
-        json.dumps({"passages": 12, "notes": {"file": EVIL, "rows": [1] * 9}})
-    )
-    (folder / "config.yaml").write_text(f'seed: {seed}\nrun_dir: "{folder.name} <b>"\n')
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +51,13 @@ def test_numbers_over_seeds(full):
         rows = truth[0, arm][1] + truth[1, arm][1]
         assert row["per_seed"] == pytest.approx(accuracies) and row["accuracy"] == pytest.approx(np.mean(accuracies))
         assert (row["n"], row["unparsed"]) == (80, 8)
-        pooled = bootstrap_interval(
-            [float(r["correct"]) for r in rows], groups=[r["group"] for r in rows], resamples=300
-        )
-        assert (row["low"], row["high"]) == pytest.approx((pooled.low, pooled.high))
+        # Both seeds were asked the same questions, whose draw they share.
+        samples = [
+            Sample([float(r["correct"]) for r in truth[seed, arm][1]], [r["group"] for r in rows[:40]], "one")
+            for seed in (0, 1)
+        ]
+        both = seeds_interval(samples, resamples=300)
+        assert (row["low"], row["high"]) == pytest.approx((both.low, both.high))
         assert row["nll"] == pytest.approx(1.0) and row["nll_gain"] == pytest.approx(1.0)
         assert sum(kind["n"] for kind in row["by_kind"].values()) == 80
     assert content["retriever"]["hit@1"] == pytest.approx({"before": 0.25, "after": 0.7})
@@ -149,7 +84,7 @@ def test_page_escapes_everything_and_stands_alone(full):
     _, page, _, _ = full
     assert "<script" not in page and '<b>"' not in page
     assert "&lt;script&gt;alert" in page
-    assert page.count('src="data:image/png;base64,') == 3
+    assert page.count('src="data:image/png;base64,') == 5
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     for arm_text in ("JMLR (joint)", "BM25", "closed book"):
         assert arm_text in page

@@ -120,4 +120,4 @@ def run_all(cfg: Config, seeds: int) -> None:
 
 def write_report(cfg: Config) -> None:
     """The report of a run directory; of several processes the first writes it."""
-    on_first(lambda: report(cfg.run_dir, cfg.eval.split, resamples=cfg.eval.bootstrap))
+    on_first(lambda: report(cfg.run_dir, cfg.eval.split, resamples=cfg.eval.bootstrap, max_risk=cfg.eval.max_risk))

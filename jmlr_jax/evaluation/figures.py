@@ -33,8 +33,8 @@ ARM_NAMES = {
     "closed_book": "closed book",
     WARMUP: "all arms",
 }
-_OTHER_COLOUR = "#A08020"
-_INK, _GRID = "#222222", "#E4E4E4"
+OTHER_COLOUR = "#A08020"
+_INK, GRID = "#222222", "#E4E4E4"
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -81,11 +81,11 @@ def accuracy_figure(arms: Mapping[str, Mapping[str, Any]], chance: float | None)
       arms: by name, with ``accuracy low high`` and optionally ``per_seed`` (list of accuracies), all in [0, 1].
       chance: accuracy of guessing, None if unknown.
     """
-    with _style():
+    with style():
         order = sorted(arms, key=lambda arm: arms[arm]["accuracy"])
-        figure, ((axes,),) = _grid(1, 1, 7.5, 1.3 + 0.5 * len(order))
+        figure, ((axes,),) = grid(1, 1, 7.5, 1.3 + 0.5 * len(order))
         for y, arm in enumerate(order):
-            row, colour = arms[arm], ARM_COLOURS.get(arm, _OTHER_COLOUR)
+            row, colour = arms[arm], ARM_COLOURS.get(arm, OTHER_COLOUR)
             axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=3, alpha=0.45, solid_capstyle="round")
             seeds = row.get("per_seed", [])
             if len(seeds) > 1:
@@ -103,7 +103,7 @@ def accuracy_figure(arms: Mapping[str, Mapping[str, Any]], chance: float | None)
         axes.set_yticks(range(len(order)), [arm_name(arm) for arm in order])
         axes.tick_params(axis="y", length=0)
         for label, arm in zip(axes.get_yticklabels(), order, strict=True):
-            label.set_color(ARM_COLOURS.get(arm, _OTHER_COLOUR))
+            label.set_color(ARM_COLOURS.get(arm, OTHER_COLOUR))
         if chance is not None:
             axes.axvline(chance, color="#777777", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
             axes.annotate(
@@ -118,9 +118,9 @@ def accuracy_figure(arms: Mapping[str, Mapping[str, Any]], chance: float | None)
         axes.set(title="Accuracy by arm", xlim=(0, 1.02), ylim=(-0.8, len(order) - 0.3))
         axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}%")
         axes.set_xlabel("option likelihood, 95% interval" + (" and single seeds" if _several_seeds(arms) else ""))
-        axes.grid(axis="x", color=_GRID)
+        axes.grid(axis="x", color=GRID)
         axes.set_axisbelow(True)
-        return _png(figure)
+        return png(figure)
 
 
 def training_figure(curves: Mapping[str, Mapping[str, Sequence[Curve]]]) -> bytes | None:
@@ -135,15 +135,15 @@ def training_figure(curves: Mapping[str, Mapping[str, Sequence[Curve]]]) -> byte
     shown = [metric for metric in PANELS if any(_points(c) for c in curves.get(metric, {}).values())]
     if not shown:
         return None
-    with _style():
+    with style():
         columns = min(2, len(shown))
         rows = -(-len(shown) // columns)
-        figure, grid = _grid(rows, columns, 5.6 * columns, 2.9 * rows)
-        for axes, metric in zip(grid.flat, shown, strict=False):
+        figure, panels = grid(rows, columns, 5.6 * columns, 2.9 * rows)
+        for axes, metric in zip(panels.flat, shown, strict=False):
             _training_panel(axes, metric, curves[metric])
-        for axes in grid.flat[len(shown) :]:
+        for axes in panels.flat[len(shown) :]:
             axes.set_visible(False)
-        return _png(figure)
+        return png(figure)
 
 
 def retriever_figure(scores: Mapping[str, Mapping[str, float]]) -> bytes | None:
@@ -158,8 +158,8 @@ def retriever_figure(scores: Mapping[str, Mapping[str, float]]) -> bytes | None:
     shown = [metric for metric, pair in scores.items() if {"before", "after"} <= pair.keys()]
     if not shown:
         return None
-    with _style():
-        figure, ((axes,),) = _grid(1, 1, 7.5, 1.5 + 0.45 * len(shown))
+    with style():
+        figure, ((axes,),) = grid(1, 1, 7.5, 1.5 + 0.45 * len(shown))
         for y, metric in enumerate(reversed(shown)):
             before, after = scores[metric]["before"], scores[metric]["after"]
             axes.plot([before, after], [y, y], color=ARM_COLOURS["jmlr"], linewidth=2, alpha=0.4, zorder=1)
@@ -181,9 +181,9 @@ def retriever_figure(scores: Mapping[str, Mapping[str, float]]) -> bytes | None:
         axes.set(title="Retriever before (hollow) and after training (filled)", xlim=(-0.08, 1.08))
         axes.set_xticks(np.linspace(0, 1, 6))
         axes.set_ylim(-0.6, len(shown) - 0.4)
-        axes.grid(axis="x", color=_GRID)
+        axes.grid(axis="x", color=GRID)
         axes.set_axisbelow(True)
-        return _png(figure)
+        return png(figure)
 
 
 def _several_seeds(arms: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -201,7 +201,7 @@ def _training_panel(axes: Axes, metric: str, by_arm: Mapping[str, Sequence[Curve
         steps = np.array(sorted(points))
         means = np.array([np.mean(points[step]) for step in steps])
         smooth = _smooth(means)
-        colour = ARM_COLOURS.get(arm, _OTHER_COLOUR)
+        colour = ARM_COLOURS.get(arm, OTHER_COLOUR)
         if len(steps) > 10:
             axes.plot(steps, means, color=colour, linewidth=0.8, alpha=0.25)
         axes.plot(steps, smooth, color=colour, linewidth=2, marker="o" if len(steps) == 1 else "")
@@ -213,7 +213,7 @@ def _training_panel(axes: Axes, metric: str, by_arm: Mapping[str, Sequence[Curve
     axes.set_title(title, pad=18)
     axes.annotate(unit, (0, 1), xytext=(0, 5), textcoords="offset points", xycoords="axes fraction", fontsize=8.5)
     axes.set_xlabel("step")
-    axes.grid(color=_GRID)
+    axes.grid(color=GRID)
     axes.set_axisbelow(True)
     _label_ends(axes, ends)
 
@@ -237,7 +237,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
             xycoords=("axes fraction", "data"),
             xytext=(1.02, height),
             textcoords=("axes fraction", "data"),
-            color=ARM_COLOURS.get(arm, _OTHER_COLOUR),
+            color=ARM_COLOURS.get(arm, OTHER_COLOUR),
             fontsize=9,
             va="center",
             annotation_clip=False,
@@ -261,13 +261,14 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.array([values[i - half : i + half + 1].mean() for i, half in enumerate(halves)])
 
 
-def _style() -> AbstractContextManager[None]:
+def style() -> AbstractContextManager[None]:
+    """How all figures look, while it is open."""
     import matplotlib
 
     return matplotlib.rc_context(_STYLE)
 
 
-def _grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
     """A figure of so many inches with panels [rows, columns]."""
     from matplotlib.figure import Figure
 
@@ -275,7 +276,8 @@ def _grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure,
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a file's content."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, facecolor="white")
     return buffer.getvalue()

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-import numpy as np
 from etils import epath
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -18,8 +17,9 @@ from rich.table import Table
 
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.evaluation.figures import accuracy_figure, arm_name, retriever_figure, training_figure
-from jmlr_jax.evaluation.intervals import bootstrap_interval, paired_bootstrap
-from jmlr_jax.evaluation.seed_run import ARMS, SeedRun, curves_by_metric, read_run, seed_folders
+from jmlr_jax.evaluation.seed_run import SeedRun, curves_by_metric, read_run, seed_folders
+from jmlr_jax.evaluation.summary import summarise
+from jmlr_jax.evaluation.trust_figures import cost_figure, reliability_figure, risk_figure
 from jmlr_jax.files import replacing, write_text
 from jmlr_jax.parallel import distributed
 
@@ -27,13 +27,16 @@ PathLike = str | os.PathLike[str]
 _EXAMPLES = 12
 
 
-def report(run_dir: PathLike, split: str = "test", *, resamples: int = 2000, quiet: bool = False) -> epath.Path:
+def report(
+    run_dir: PathLike, split: str = "test", *, resamples: int = 2000, max_risk: float = 0.2, quiet: bool = False
+) -> epath.Path:
     """Writes ``report.json``, ``report.html`` and the figures into the run directory and prints the table of arms.
 
     Args:
       run_dir: a run directory, or one that holds several as ``seed_*``. Local or ``gs://``.
       split: which evaluations, ``dev`` or ``test``.
       resamples: bootstrap samples of every interval.
+      max_risk: fraction of given answers that may be wrong, for the threshold of abstention.
       quiet: prints nothing.
 
     Returns:
@@ -47,11 +50,14 @@ def report(run_dir: PathLike, split: str = "test", *, resamples: int = 2000, qui
     if not root.is_dir():
         raise JmlrError(f"{root}: no such run directory; `jmlr run --run-dir {root}` makes one")
     runs = [read_run(folder, folder.name, split) for folder in seed_folders(root)]
-    summary = summarise(runs, resamples, split)
+    summary = summarise(runs, resamples, split, max_risk)
     figures = {
         "accuracy.png": accuracy_figure(summary["arms"], summary.get("chance")) if summary["arms"] else None,
         "training.png": training_figure(curves_by_metric(runs)),
         "retriever.png": retriever_figure(summary["retriever"]),
+        "cost.png": cost_figure(summary["arms"], summary["cost"]),
+        "reliability.png": reliability_figure(summary["trust"]),
+        "risk.png": risk_figure(summary["trust"]),
     }
     for name, png in figures.items():
         if png is not None:
@@ -63,36 +69,6 @@ def report(run_dir: PathLike, split: str = "test", *, resamples: int = 2000, qui
     if not quiet:
         _print(summary, distributed.console(out=True))
     return root / "report.html"
-
-
-def summarise(runs: Sequence[SeedRun], resamples: int = 2000, split: str = "test") -> dict[str, Any]:
-    """The content of ``report.json``.
-
-    ``arms``: for each evaluated arm ``accuracy`` (mean over seeds), ``low high`` (95% cluster bootstrap over the
-    pooled questions), ``n`` and ``unparsed`` (sums over seeds), ``generation_accuracy`` with its interval, ``nll`` and
-    ``nll_gain`` (of reading passages over none), ``by_kind``, ``per_seed``. ``differences``: JMLR minus each other arm
-    on the questions both answered, paired, with ``low high p``. ``retriever``: metric -> ``before after``, and
-    ``retriever_by_arm``. ``seeds``, ``split``, ``seconds`` (means over seeds), ``chance``, ``missing``.
-    """
-    missing = [line for run in runs for line in run.missing]
-    arms = {}
-    for arm in ARMS:
-        seeds = [run for run in runs if arm in run.summaries or arm in run.rows]
-        if seeds:
-            arms[arm] = _arm(arm, seeds, resamples)
-    chances = [s["chance"] for run in runs for s in run.summaries.values() if s.get("chance") is not None]
-    seconds = {key: _mean(run.timing.get(key) for run in runs) for key in ("train", "total")}
-    return {
-        "arms": arms,
-        "retriever": _retriever(runs),
-        "retriever_by_arm": _mean_tree([_retrieval(run) for run in runs]),
-        "seeds": len(runs),
-        "split": split,
-        "seconds": seconds,
-        "differences": _differences(runs, resamples),
-        "chance": _mean(chances),
-        "missing": missing,
-    }
 
 
 def render(summary: Mapping[str, Any], runs: Sequence[SeedRun], figures: Mapping[str, bytes]) -> str:
@@ -108,6 +84,7 @@ def render(summary: Mapping[str, Any], runs: Sequence[SeedRun], figures: Mapping
     environment.filters["points"] = lambda x: "–" if x is None else f"{100 * x:+.1f}"
     environment.filters["number"] = _number
     environment.filters["arm"] = arm_name
+    environment.filters["at"] = _at
     return environment.get_template("report.html").render(
         summary=summary,
         figures={name: base64.b64encode(png).decode("ascii") for name, png in figures.items()},
@@ -118,104 +95,6 @@ def render(summary: Mapping[str, Any], runs: Sequence[SeedRun], figures: Mapping
     )
 
 
-# --- adding up -------------------------------------------------------------------------------------------------
-
-
-def _arm(arm: str, runs: Sequence[SeedRun], resamples: int) -> dict[str, Any]:
-    summaries = [run.summaries.get(arm, {}) for run in runs]
-    rows = [row for run in runs for row in run.rows.get(arm, [])]
-    per_seed = [_seed_accuracy(run, arm) for run in runs]
-    result: dict[str, Any] = {
-        "accuracy": _mean(per_seed),
-        "low": _mean(s.get("low") for s in summaries),
-        "high": _mean(s.get("high") for s in summaries),
-        "n": sum(s.get("n", 0) for s in summaries),
-        "unparsed": sum(s.get("generation", {}).get("unparsed", 0) for s in summaries),
-        "generation_accuracy": _mean(s.get("generation", {}).get("accuracy") for s in summaries),
-        "generation_low": _mean(s.get("generation", {}).get("low") for s in summaries),
-        "generation_high": _mean(s.get("generation", {}).get("high") for s in summaries),
-        "accuracy_sum": _mean(s.get("accuracy_sum") for s in summaries),
-        "nll": _mean(s.get("nll", {}).get("with_passages") for s in summaries),
-        "nll_gain": _mean(s.get("nll", {}).get("gain") for s in summaries),
-        "by_kind": _kinds(rows),
-        "per_seed": per_seed,
-    }
-    if rows:  # pooled questions: seeds share them, so one condition is one cluster over all seeds
-        groups = [row["group"] for row in rows]
-        for prefix, key in (("", "correct"), ("generation_", "generated_correct")):
-            interval = bootstrap_interval([float(row[key]) for row in rows], groups=groups, resamples=resamples)
-            result |= {f"{prefix}low": interval.low, f"{prefix}high": interval.high}
-        result |= {"n": len(rows), "unparsed": sum(row["parsed"] is None and row["options"] > 0 for row in rows)}
-        result["generation_accuracy"] = float(np.mean([row["generated_correct"] for row in rows]))
-    return result
-
-
-def _seed_accuracy(run: SeedRun, arm: str) -> float:
-    if rows := run.rows.get(arm):
-        return float(np.mean([row["correct"] for row in rows]))
-    return float(run.summaries[arm]["accuracy"])
-
-
-def _kinds(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    kinds: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        kinds.setdefault(row.get("kind") or "all", []).append(row)
-    return {
-        kind: {
-            "n": len(members),
-            "accuracy": float(np.mean([row["correct"] for row in members])),
-            "generation_accuracy": float(np.mean([row["generated_correct"] for row in members])),
-        }
-        for kind, members in sorted(kinds.items())
-    }
-
-
-def _differences(runs: Sequence[SeedRun], resamples: int) -> dict[str, dict[str, float]]:
-    """JMLR minus every other arm, question by question within a seed."""
-    result = {}
-    for arm in ARMS[1:]:
-        pairs = []
-        for run in runs:
-            other = {row["id"]: row for row in run.rows.get(arm, [])}
-            pairs += [(row, other[row["id"]]) for row in run.rows.get("jmlr", []) if row["id"] in other]
-        if pairs:
-            a, b = ([float(pair[i]["correct"]) for pair in pairs] for i in (0, 1))
-            difference = paired_bootstrap(a, b, groups=[row["group"] for row, _ in pairs], resamples=resamples)
-            result[arm] = {**difference._asdict(), "n": len(pairs)}
-    return result
-
-
-def _retriever(runs: Sequence[SeedRun]) -> dict[str, dict[str, float]]:
-    """metric -> {before, after}, means over the seeds that have it."""
-    found = {"before": [run.initial.get("retrieval") or {} for run in runs]}
-    found["after"] = [_retrieval(run).get("jmlr", {}) for run in runs]
-    means = {when: _mean_tree(trees) for when, trees in found.items()}
-    metrics = [m for m in dict.fromkeys([*means["before"], *means["after"]]) if m != "n"]
-    return {metric: {when: means[when][metric] for when in means if metric in means[when]} for metric in metrics}
-
-
-def _retrieval(run: SeedRun) -> dict[str, dict[str, float]]:
-    """arm -> ranking metrics of what it retrieved."""
-    return {arm: found for arm, summary in run.summaries.items() if (found := summary.get("retrieval"))}
-
-
-def _mean(values: Any) -> float | None:
-    present = [float(v) for v in values if v is not None and math.isfinite(v)]
-    return float(np.mean(present)) if present else None
-
-
-def _mean_tree(trees: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Nested mappings averaged leaf by leaf over the trees that have the leaf."""
-    result: dict[str, Any] = {}
-    for key in dict.fromkeys(key for tree in trees for key in tree):
-        found = [tree[key] for tree in trees if key in tree]
-        result[key] = _mean_tree(found) if isinstance(found[0], Mapping) else _mean(found)
-    return result
-
-
-# --- showing ---------------------------------------------------------------------------------------------------
-
-
 def _examples(runs: Sequence[SeedRun]) -> list[dict[str, Any]]:
     """Questions of the first seed, evenly spread over the file, with what each arm that has rows said."""
     rows = {arm: {row["id"]: row for row in found} for arm, found in runs[0].rows.items()} if runs else {}
@@ -224,6 +103,13 @@ def _examples(runs: Sequence[SeedRun]) -> list[dict[str, Any]]:
     first = next(iter(rows.values()))
     ids = list(first)[:: max(1, len(first) // _EXAMPLES)][:_EXAMPLES]
     return [{**first[id_], "said": [(arm, found[id_]) for arm, found in rows.items() if id_ in found]} for id_ in ids]
+
+
+def _at(tree: Any, keys: str) -> Any:
+    """What stands under dotted keys; None where there is nothing."""
+    for key in keys.split("."):
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def _flat(tree: Any, prefix: str = "") -> list[tuple[str, str]]:

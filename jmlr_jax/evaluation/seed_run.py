@@ -24,7 +24,7 @@ from jmlr_jax.config_io import RESOLVED_NAME
 from jmlr_jax.evaluation.evaluate import QUESTIONS, SUMMARY
 from jmlr_jax.evaluation.figures import WARMUP, Curve
 from jmlr_jax.run.artifact import ArtifactError, Recipe, refuse
-from jmlr_jax.run.weights import INITIAL
+from jmlr_jax.run.weights import COST, INITIAL
 
 ARMS: tuple[str, ...] = get_args(ArmName)
 
@@ -40,8 +40,15 @@ class SeedRun:
     initial: dict[str, Any] = field(default_factory=dict)  # summary.json of the retriever before training
     timing: dict[str, Any] = field(default_factory=dict)
     prepare: dict[str, Any] = field(default_factory=dict)
+    dev: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # arm -> rows that calibrate the split's
+    costs: dict[str, dict[str, Any]] = field(default_factory=dict)  # phase -> cost.json
     config: str = ""
     missing: list[str] = field(default_factory=list)
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Phases of training that left something behind."""
+        return tuple(self.curves)
 
 
 def read_run(folder: epath.Path, name: str, split: str) -> SeedRun:
@@ -60,11 +67,29 @@ def read_run(folder: epath.Path, name: str, split: str) -> SeedRun:
     for arm in _expected_arms(run.config):
         run.summaries |= {arm: found} if (found := _read_json(results / arm / SUMMARY, run)) else {}
         run.rows |= {arm: rows} if (rows := _read_jsonl(results / arm / QUESTIONS, run)) else {}
+        if split != "dev" and (folder / "eval" / "dev" / arm / QUESTIONS).exists() and _alike(folder, split, arm, run):
+            run.dev |= {arm: rows} if (rows := _read_jsonl(folder / "eval" / "dev" / arm / QUESTIONS, run)) else {}
     arms = folder / "arms"
     for path in sorted(arms.iterdir()) if arms.is_dir() else ():
+        if (path / COST).exists():
+            run.costs |= {path.name: cost} if (cost := _read_json(path / COST, run)) else {}
         logged = [row for name in ("metrics.jsonl", "speed.jsonl") for row in _read_jsonl(path / name, run)]
         run.curves[path.name] = _curves(logged)
     return run
+
+
+def _alike(folder: epath.Path, split: str, arm: str, run: SeedRun) -> bool:
+    """Whether an arm's dev evaluation is of the weights and readings of the split's; if not, it is listed."""
+    made = [Recipe.read(Path(folder) / "eval" / name / arm) for name in ("dev", split)]
+    parts = []
+    for one in made:
+        keys, inputs = ({}, {}) if one is None else (one.keys, one.inputs)
+        how = {name: value for name, value in keys.items() if not name.startswith("eval.")}
+        parts.append(how | {name: value for name, value in inputs.items() if not name.endswith(" questions")})
+    if parts[0] != parts[1]:
+        other = "of other weights or readings, so nothing is calibrated on it; run `jmlr eval eval.split=dev`"
+        run.missing.append(f"{run.name}: dev/{arm} ({other})")
+    return parts[0] == parts[1]
 
 
 def _check_together(folder: Path, split: str) -> None:

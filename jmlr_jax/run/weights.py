@@ -19,6 +19,7 @@ from jmlr_jax.run.open import DataError, Run, Weights
 from jmlr_jax.run.phases import PHASES, Phase, chain
 from jmlr_jax.run.recipes import model_recipe, phase_recipe
 
+COST = "cost.json"  # of a phase, see `training/cost.py`
 INITIAL = "initial"  # the name of the index of the retriever before any training
 
 

@@ -11,10 +11,8 @@ from jmlr_jax.files import write_text
 from jmlr_jax.parallel.distributed import is_first
 from jmlr_jax.run.open import Run
 from jmlr_jax.run.phases import Phase
-from jmlr_jax.run.weights import phase_folder, phase_steps
+from jmlr_jax.run.weights import COST, phase_folder, phase_steps
 from jmlr_jax.run.work import phase_work
-
-COST = "cost.json"
 
 
 @contextmanager
