@@ -18,12 +18,13 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import retrieval_vectors as source
+from retrieval_measure import TOP, Search, arrays, local, measure, size_of
 
 from jmlr_jax.config import IndexConfig
 from jmlr_jax.evaluation.intervals import bootstrap_interval
@@ -35,8 +36,7 @@ from jmlr_jax.retrieval.store import open_index
 from jmlr_jax.retrieval.tune import Point, ann_recall, cheapest
 from jmlr_jax.retrieval.vectors import TokenVectors
 
-TOP, PIECE, TUNING = 30, 1024, 200  # the first TUNING test questions tune our index and are not measured
-Search = Callable[[int, int], tuple[np.ndarray, float]]  # questions from, to -> rows [n, 30] and seconds
+PIECE, TUNING = 1024, 200  # the first TUNING test questions tune our index and are not measured
 
 
 class World:
@@ -108,17 +108,6 @@ def in_order(queries: dict[str, np.ndarray], order: np.ndarray) -> dict[str, np.
         "offsets": np.cumsum([0, *np.diff(queries["offsets"])[order]]),
         "pooled_NxD": queries["pooled_NxD"][order],
     }
-
-
-def local(search: Callable[[int, int], np.ndarray]) -> Search:
-    """A search of this process, timed."""
-
-    def timed(first: int, last: int) -> tuple[np.ndarray, float]:
-        start = time.perf_counter()
-        rows = search(first, last)
-        return rows, time.perf_counter() - start
-
-    return timed
 
 
 class Peers:
@@ -221,32 +210,6 @@ def full_cost(points: list[Point]) -> float:
     full = (some.ms - few.ms) / (some.scored - few.scored)
     rough = (some.ms - every.ms + full * (every.scored - some.scored)) / most
     return full / rough
-
-
-def measure(systems: dict[str, Search], batch: int, single: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Medians over rounds in which the systems take turns; rankings are those of the last."""
-    taken: dict[str, dict[str, list[Any]]] = {name: {"batch": [], "single": [], "rows": []} for name in systems}
-    for search in systems.values():  # compilation, page faults
-        search(0, batch)
-        search(0, 1)
-    for number in range(rounds):
-        for name, search in systems.items():
-            rows, seconds = search(0, batch)
-            taken[name]["batch"].append(batch / seconds)
-            taken[name]["rows"] = [rows]
-            taken[name]["single"].append([search(at, at + 1)[1] for at in range(single)])
-            print(f"round {number + 1}: {name}: {batch / seconds:.1f} questions/s", flush=True)
-    found = {}
-    for name, one in taken.items():
-        each = np.median(np.array(one["single"]), axis=0)
-        found[name] = {
-            "rows": one["rows"][0],
-            "qps_batch": round(float(np.median(one["batch"])), 2),
-            "qps_single": round(float(1 / each.mean()), 2),
-            "p50_ms": round(1000 * float(np.percentile(each, 50)), 2),
-            "p95_ms": round(1000 * float(np.percentile(each, 95)), 2),
-        }
-    return found
 
 
 def quality(world: World, index: Any, bm25: BM25, truth: np.ndarray) -> list[dict[str, Any]]:
@@ -396,18 +359,6 @@ def main() -> None:
             judged = quality(world, index, bm25, truth)
             args.quality.write_text(json.dumps(judged, indent=1) + "\n")
             print("\n".join(json.dumps(row) for row in judged))
-
-
-def size_of(bm25: BM25, folder: Path) -> int:
-    """Bytes of a BM25 index on disk."""
-    assert bm25._index is not None
-    bm25._index.save(str(folder))
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def arrays(piece: TokenVectors) -> tuple[np.ndarray, np.ndarray]:
-    """The two arrays of a piece."""
-    return piece.vectors_NxPxC, piece.keep_NxP
 
 
 if __name__ == "__main__":

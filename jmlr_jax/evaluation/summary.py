@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,9 +48,9 @@ def summarise(
         "split": split,
         "seconds": seconds,
         "differences": _differences(runs, worlds, resamples),
-        "effects": {arm: found for arm in arms if (found := _effects(arm, runs, worlds, resamples))},
-        "trust": {arm: found for arm in arms if (found := trust(arm, runs, split, max_risk))},
-        "cost": {arm: found for arm in arms if (found := _cost(arm, runs))},
+        "effects": _present({arm: _effects(arm, runs, worlds, resamples) for arm in arms}),
+        "trust": _present({arm: trust(arm, runs, split, max_risk) for arm in arms}),
+        "cost": _present({arm: _cost(arm, runs) for arm in arms}),
         "chance": _mean(chances),
         "missing": missing,
     }
@@ -98,7 +99,7 @@ def _arm(arm: str, runs: Sequence[SeedRun], worlds: Mapping[str, int], resamples
     }
     if rows:
         for prefix, key in (("", "correct"), ("generation_", "generated_correct")):
-            found = measure(_rows(arm, runs, worlds), lambda row, key=key: float(row[key]), resamples)
+            found = measure(_rows(arm, runs, worlds), partial(_number_of, key), resamples)
             assert found is not None
             result |= {f"{prefix}low": found["low"], f"{prefix}high": found["high"]}
             result |= {"generation_accuracy": found["mean"]} if prefix else {}
@@ -141,6 +142,15 @@ def _differences(runs: Sequence[SeedRun], worlds: Mapping[str, int], resamples: 
             count = sum(len(np.asarray(sample.values)) for sample in samples)
             result[arm] = {**seeds_difference(samples, resamples=resamples)._asdict(), "n": count}
     return result
+
+
+def _present(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the arms of which nothing is known."""
+    return {arm: part for arm, part in parts.items() if part}
+
+
+def _number_of(key: str, row: Mapping[str, Any]) -> float:
+    return float(row[key])
 
 
 def _effects(arm: str, runs: Sequence[SeedRun], worlds: Mapping[str, int], resamples: int) -> dict[str, Any]:
