@@ -132,7 +132,13 @@ def test_every_exception_is_needed() -> None:
     assert [why for *_, why in NOT_RUN if why not in given] == []
 
 
-@pytest.mark.parametrize("where", sorted(where for where, commands in RUN.items() if commands))
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param(where, marks=pytest.mark.exhaustive) if where.startswith("jmlr ") else where
+        for where in sorted(where for where, commands in RUN.items() if commands)
+    ],
+)
 def test_they_run_in_their_order(where: str, shared_data: Path, tmp_path: Path, compiled: Path) -> None:
     lay_out(tmp_path, shared_data)
     lines = [made_small(command.jmlr) for command in RUN[where] if command.jmlr is not None]

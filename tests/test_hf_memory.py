@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.exhaustive
 def test_host_memory_stays_near_one_tensor(tmp_path: Path) -> None:
     """Llama-2-7B's 32 layers with an eighth of its width, 0.21 GB in three files, sharded over four devices of a fresh
     process: less than 0.15 GB on top.

@@ -148,7 +148,7 @@ def killed(two, tmp_path_factory, cache):
 
     for name, number in (("stopped", signal.SIGTERM), ("killed", signal.SIGKILL)):
         known = max(saved(), default=0)
-        with Job(root / name, cache, 2, "run", *words) as job:
+        with Job(root / name, cache, 2, "train", *words, "--run-dir", str(root / "seed_0")) as job:
             job.until(lambda known=known: max(saved(), default=0) > known)
             job.processes[1].send_signal(number)
             statuses = job.statuses()
@@ -156,6 +156,7 @@ def killed(two, tmp_path_factory, cache):
     return root, seen
 
 
+@pytest.mark.exhaustive
 def test_sigterm_to_one_stops_all_after_the_same_step(killed):
     statuses, said, last = killed[1]["stopped"]
     assert statuses == [2, 2], said
@@ -163,6 +164,7 @@ def test_sigterm_to_one_stops_all_after_the_same_step(killed):
         assert f"jmlr: SIGTERM: jmlr saved at step {last} of {STEPS}; the same command continues" in text
 
 
+@pytest.mark.exhaustive
 def test_a_killed_process_ends_the_job_with_a_clear_message(killed):
     statuses, said, _ = killed[1]["killed"]
     assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, None), said
@@ -171,6 +173,7 @@ def test_a_killed_process_ends_the_job_with_a_clear_message(killed):
         assert "Start the same command in all processes again" in text
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("count", [2, 4])
 def test_started_again_it_continues(killed, two, tmp_path, cache, count):
     """By as many processes to the very bytes of the uninterrupted run; by more of them, to the same losses."""
@@ -188,6 +191,7 @@ def test_started_again_it_continues(killed, two, tmp_path, cache, count):
     assert json.loads((tmp_path / "report.json").read_text())["missing"] == []
 
 
+@pytest.mark.exhaustive
 def test_one_process_continues_what_two_have_saved(killed, two, tmp_path, monkeypatch, quick_compile):
     shutil.copytree(killed[0] / "seed_0", tmp_path / "seed_0")
     over(monkeypatch, 1)

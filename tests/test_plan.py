@@ -102,6 +102,7 @@ def test_a_plan_by_the_tpu_compiler(made: plan.Plan) -> None:
     assert found["breakdown"]["replicated_bytes"] == {}
 
 
+@pytest.mark.exhaustive
 def test_a_plan_with_adapters_on_the_retriever(made: plan.Plan) -> None:
     """It compiles, cut as a whole retriever is, and keeps moments of the adapters and the projection alone."""
     cfg = small()

@@ -94,7 +94,7 @@ def test_interrupted_while_the_final_weights_are_written(uninterrupted, tiny_dat
 
 # For real: processes, and signals from outside.
 
-SLOWER = {"steps": 60, "refresh_steps": 10, "refresh_delay": 4, "checkpoint_steps": 5}
+SLOWER = {"steps": 40, "refresh_steps": 10, "refresh_delay": 4, "checkpoint_steps": 5}
 
 
 class Command:
@@ -132,6 +132,7 @@ class Command:
         return {path.name for path in folder.iterdir() if path.name.isdecimal()} if folder.exists() else set()
 
 
+@pytest.mark.exhaustive
 def test_signals_from_outside(tiny_data, tmp_path, monkeypatch):
     """SIGTERM saves and says so; kill -9 at a random moment loses nothing; both runs end with the same bytes."""
     one_device(monkeypatch)
@@ -140,7 +141,7 @@ def test_signals_from_outside(tiny_data, tmp_path, monkeypatch):
     status, said = command.signalled(signal.SIGTERM, 0.05)
     assert status == 2, said
     last = max(map(int, command.checkpoints()))
-    assert f"jmlr: SIGTERM: jmlr saved at step {last} of 60; the same command continues" in said
+    assert f"jmlr: SIGTERM: jmlr saved at step {last} of 40; the same command continues" in said
     assert not (command.folder / "weights").exists() and "Traceback" not in said and "DEBUG" not in said
     status, said = command.signalled(signal.SIGKILL, random.random() / 4)
     assert status == -signal.SIGKILL and not (command.folder / "weights").exists(), said
