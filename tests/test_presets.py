@@ -20,6 +20,8 @@ from jmlr_jax import config_io
 from jmlr_jax.config import Config
 from jmlr_jax.data.prepare import prepare
 from jmlr_jax.data.tokenizers import RetrieverIds
+from jmlr_jax.nn.copying import favour_copying
+from jmlr_jax.nn.functional import abstract_params, init_llama
 from jmlr_jax.parallel.sharding import make_mesh
 from jmlr_jax.planning import plan
 from jmlr_jax.planning.chips import GIB
@@ -108,9 +110,15 @@ def test_lengths_agree(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_programs_have_shapes(name: str) -> None:
-    """The joint step, encoding and evaluation are traced for the preset's mesh: everything divides, and a step gives
-    back the state that it was given."""
+    """First weights, the joint step, encoding and evaluation are traced for the preset's mesh: everything divides, and
+    a step gives back the state that it was given."""
     cfg = sized(config_io.load(name))
+    if cfg.generator.source == "scratch":
+        llama = cfg.generator.llama.model_copy(update={"vocab_size": cfg.generator.tokenizer_vocab})
+        first = jax.eval_shape(
+            lambda key: favour_copying(init_llama(llama, key), llama, cfg.generator.copy_init, key), jax.random.key(0)
+        )
+        assert shapes(first) == shapes(abstract_params(llama))
     devices = plan.slice_of(cfg.mesh.topology)[1] if cfg.mesh.topology else jax.devices()[:1]
     mesh = make_mesh(cfg.mesh, devices)
     step = plan.step_program(cfg, mesh)

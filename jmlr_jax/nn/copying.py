@@ -42,8 +42,9 @@ def favour_copying(params: Params, cfg: LlamaConfig, strength: float, key: jax.A
     count, _, H, E = layers["q"].shape
     if cfg.num_kv_heads != H or not cfg.tie_embeddings or H * E != D:
         raise CopyingError(
-            "generator.copy_init needs num_kv_heads = num_heads, heads as wide as the model together and "
-            "tie_embeddings; set generator.copy_init=0 for other shapes"
+            f"generator.copy_init={strength} needs generator.llama.num_kv_heads = num_heads, heads as wide as the "
+            f"model together and tie_embeddings (here num_kv_heads={cfg.num_kv_heads}, num_heads={H}, head_dim={E}, "
+            f"hidden_size={D}, tie_embeddings={cfg.tie_embeddings}); set generator.copy_init=0 for such a shape"
         )
     embed_key, *keys = jax.random.split(key, count + 1)
     turn = jax.nn.initializers.orthogonal()
