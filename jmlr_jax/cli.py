@@ -184,6 +184,12 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     print(config.run_dir)
 
 
+def _compare(config: Config, args: argparse.Namespace) -> None:
+    from jmlr_jax.commands import compare
+
+    compare.run(args.run_dir, args.other, args.split, args.json)
+
+
 def _import(config: Config, args: argparse.Namespace) -> None:
     from jmlr_jax.hf.convert import import_checkpoint
 
@@ -231,6 +237,13 @@ COMMANDS = {
     "report": _Command(_report, "write tables and figures of a run", "jmlr report --run-dir runs/a", together=True),
     "run": _Command(
         _run, "all of the above, for one seed or several", "jmlr run --seeds 3 --run-dir runs/b", together=True
+    ),
+    "compare": _Command(
+        _compare,
+        "paired differences between two runs on the questions they have in common",
+        "jmlr compare runs/a runs/b --split dev",
+        places=("RUN", "OTHER"),
+        configured=False,
     ),
     "search": _Command(
         _search,
@@ -331,6 +344,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--seeds", type=_positive, default=1, metavar="N", help="runs seeds 0 to N-1; default: 1")
         elif name == "export":
             sub.add_argument("--arm", choices=ARMS, default="jmlr", help="whose weights; default: jmlr")
+        elif name == "compare":
+            sub.add_argument("--split", choices=("dev", "test"), default="test", help="default: test")
+            sub.add_argument("--json", metavar="FILE", help="write the differences")
         elif name == "import":
             sub.add_argument(
                 "--dtype", choices=get_args(DType), help="of the written weights; default: the checkpoint's"

@@ -31,6 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         "jmlr_jax.commands.pipeline": ("prepare_data", "index", "train", "write_report", "run_all"),
         "jmlr_jax.evaluation.arms": ("evaluate_arms",),
         "jmlr_jax.hf.convert": ("import_checkpoint",),
+        "jmlr_jax.commands.compare": ("run",),
         "jmlr_jax.commands.export": ("export_run",),
         "jmlr_jax.commands.search": ("run_search",),
         "jmlr_jax.planning.report": ("run",),

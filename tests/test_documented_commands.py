@@ -33,6 +33,7 @@ NOT_RUN = [
     (r"docs/tpu", "block", r"--distributed", "several processes: test_multiprocess.py"),
     (r"docs/huggingface", "block", r"Llama-2-7b-hf", "a model of 7B; exchange is run in test_hf_publish.py"),
     (r"docs/huggingface", "block", r"\.gguf", "a package of its own: test_gguf_parity.py"),
+    (r"--help", "help", r"^jmlr compare", "two runs of the same questions: test_compare.py"),
     (r"--help", "help", r"^jmlr plan", "compiles a 7B model for minutes; a small one in test_plan.py"),
 ]
 

@@ -61,7 +61,7 @@ def worlds_of(runs: Sequence[SeedRun]) -> dict[str, int]:
     known: list[set[Any]] = []
     numbers = {}
     for run in runs:
-        asked = {_identity(row) for rows in run.rows.values() for row in rows}
+        asked = {identity(row) for rows in run.rows.values() for row in rows}
         same = [i for i, other in enumerate(known) if 2 * len(asked & other) >= max(1, min(len(asked), len(other)))]
         numbers[run.name] = same[0] if same else len(known)
         if not same:
@@ -69,7 +69,7 @@ def worlds_of(runs: Sequence[SeedRun]) -> dict[str, int]:
     return numbers
 
 
-def _identity(row: Mapping[str, Any]) -> Any:
+def identity(row: Mapping[str, Any]) -> Any:
     """What makes two questions the same one."""
     return row["id"], row.get("question"), tuple(row.get("option_texts", ())), row.get("answer")
 
