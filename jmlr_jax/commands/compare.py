@@ -83,7 +83,8 @@ def _pairs(one: str, other: str, split: str) -> list[Pair]:
             raise NotComparable(f"{root}: no such run directory")
         sides.append({folder.name: read_run(folder, folder.name, split) for folder in seed_folders(root)})
     if all(len(side) == 1 for side in sides):
-        return [(*sides[0].values(), *sides[1].values())]
+        ((a,), (b,)) = (side.values() for side in sides)
+        return [(a, b)]
     names = [name for name in sides[0] if name in sides[1]]
     if not names:
         shown = [", ".join(side) for side in sides]
@@ -109,7 +110,7 @@ def _difference(arm: str, pairs: Sequence[Pair]) -> dict[str, Any]:
     return {"first": float(first), "second": float(second), **found, "n": count, "asked": asked}
 
 
-def _common(arm: str, one: SeedRun, other: SeedRun) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+def _common(arm: str, one: SeedRun, other: SeedRun) -> Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Rows of the questions that both answered; the same id must be the same question."""
     known = {row["id"]: row for row in other.rows[arm]}
     both = [(row, known[row["id"]]) for row in one.rows[arm] if row["id"] in known]
