@@ -45,6 +45,14 @@ def test_the_temperature_that_made_the_answers_is_found_and_calibrates(temperatu
     assert calibration_error(sureness(other, temperature * 4)) > 0.08
 
 
+def test_a_few_answers_that_are_sure_and_wrong_do_not_decide():
+    """Nine of ten options are drawn at temperature 1; the tenth is wrong by far, whatever the temperature."""
+    options = drawn(1.0)
+    nll, right = options.nll_NxO.copy(), options.right_N.copy()
+    nll[::10, 0], right[::10] = nll[::10].min(axis=1) - 30, 1
+    assert fit_temperature(Options(nll, right)) < 1.6
+
+
 def test_a_temperature_changes_no_answer():
     options = drawn(1.0)
     one, other = sureness(options, 0.3), sureness(options, 5.0)

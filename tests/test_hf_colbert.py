@@ -205,6 +205,7 @@ def test_markers_are_added_to_a_plain_encoder(tmp_path: Path) -> None:
 APART = 1e-6  # twice what float32 changes in the difference of two scores
 
 
+@pytest.mark.exhaustive
 def test_published_encoder_ranks_real_passages_as_torch_does(shared_data: Path) -> None:
     """MiniLM, mean-pooled, 1,000 MedQuAD answers: token vectors within 1e-5 of torch's, and torch's ranking.
 

@@ -105,6 +105,7 @@ def test_each_process_indexed_its_shard_of_the_corpus(two):
         assert cards[0]["corpus_fingerprint"] != cards[1]["corpus_fingerprint"]
 
 
+@pytest.mark.exhaustive
 def test_any_number_of_processes_can_ask_their_index(one, two, cache, tmp_path, capsys, monkeypatch):
     """Two processes ask the shards of two, one asks both, and one asks the whole index of one process."""
     question = Prepared.open(one / "seed_0" / "data").questions("test")[0].question

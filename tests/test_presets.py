@@ -73,6 +73,7 @@ def test_smoke_fits_its_lengths_for_other_seeds(seed: int, tmp_path: Path) -> No
     assert card["questions"]["test"] >= 16 and card["questions"]["dev"] >= 8
 
 
+@pytest.mark.exhaustive
 def test_own_small_runs_on_a_laptop(shared_data: Path, tmp_path: Path) -> None:
     """Two steps of each phase at its own shapes; they take as much memory as thousands."""
     passages = (shared_data / "tiny" / "medquad" / "corpus.jsonl").read_text().splitlines(keepends=True)

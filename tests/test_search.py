@@ -115,7 +115,7 @@ def test_command_line(run, patch, tmp_path, capsys):
     "asked, said",
     [
         (["@{}"], "--trec FILE"),
-        (["@{}/no", "--trec", "{}.run"], "cannot be read"),
+        (["@{}/no", "--trec", "{}.run"], "no such file"),
         (["@{}", "--trec", "{}.run"], "'q 1': a TREC run needs ids"),
         (["  "], "empty question"),
         (["x", "--arm", "jmlr"], ""),

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 from processes import environment
 from runs import TINY
@@ -60,6 +61,7 @@ def write_data(folder: Path) -> None:
     (folder / "small.yaml").write_text(yaml.safe_dump(config))
 
 
+@pytest.mark.exhaustive
 def test_a_whole_run_into_a_file_tells_of_every_stage_and_of_nothing_else(tmp_path):
     """Standard error is no terminal here, and its encoding holds no more than ASCII."""
     write_data(tmp_path)

@@ -18,6 +18,7 @@ from jmlr_jax.evaluation.answers import first_equal
 Values = NDArray[np.float64]
 BINS = 10
 LOG_T = (-5.0, 5.0)  # of the temperatures that are tried
+TRIED, ROUNDS = 41, 4
 
 
 class Options(NamedTuple):
@@ -63,7 +64,10 @@ def probabilities(options: Options, temperature: float = 1.0) -> Values:
 
 
 def fit_temperature(options: Options) -> float:
-    """The temperature at which the right options have the highest likelihood, between e**-5 and e**5.
+    """The temperature with the lowest Brier score, the squared distance of probabilities from what was right.
+
+    Not with the highest likelihood: of a reader that is now and then very sure and wrong, a few such answers would
+    decide it, and leave all others less sure than they deserve.
 
     Raises:
       ValueError: no questions.
@@ -71,15 +75,17 @@ def fit_temperature(options: Options) -> float:
     if not len(options.right_N):
         raise ValueError("a temperature is fitted on questions with options; there are none")
 
-    def loss(log_t: float) -> float:
-        p_N = probabilities(options, np.exp(log_t))[np.arange(len(options.right_N)), options.right_N]
-        return float(-np.log(np.maximum(p_N, 1e-300)).mean())
+    def score(log_t: float) -> float:
+        p_NxO = probabilities(options, np.exp(log_t))
+        p_NxO[np.arange(len(p_NxO)), options.right_N] -= 1
+        return float((p_NxO**2).sum(axis=1).mean())
 
-    low, high, golden = *LOG_T, (5**0.5 - 1) / 2  # the loss is convex in 1 / T, so it has one valley
-    for _ in range(40):
-        left, right = high - golden * (high - low), low + golden * (high - low)
-        low, high = (low, right) if loss(left) <= loss(right) else (left, high)
-    return float(np.exp((low + high) / 2))
+    low, high = LOG_T
+    for _ in range(ROUNDS):  # a grid, then finer ones around the best of it: the score may have several valleys
+        tried = np.linspace(low, high, TRIED)
+        best = int(np.argmin([score(log_t) for log_t in tried]))
+        low, high = tried[max(best - 1, 0)], tried[min(best + 1, TRIED - 1)]
+    return float(np.exp(tried[best]))
 
 
 def sureness(options: Options, temperature: float = 1.0) -> Sure:

@@ -81,15 +81,13 @@ def read_run(folder: epath.Path, name: str, split: str) -> SeedRun:
 def _alike(folder: epath.Path, split: str, arm: str, run: SeedRun) -> bool:
     """Whether an arm's dev evaluation is of the weights and readings of the split's; if not, it is listed."""
     made = [Recipe.read(Path(folder) / "eval" / name / arm) for name in ("dev", split)]
-    parts = []
-    for one in made:
-        keys, inputs = ({}, {}) if one is None else (one.keys, one.inputs)
-        how = {name: value for name, value in keys.items() if not name.startswith("eval.")}
-        parts.append(how | {name: value for name, value in inputs.items() if not name.endswith(" questions")})
-    if parts[0] != parts[1]:
-        other = "of other weights or readings, so nothing is calibrated on it; run `jmlr eval eval.split=dev`"
+    parts = [{} if one is None else {**one.keys, **one.inputs} for one in made]
+    # What only one of them lists belongs to a probe; probes change no answer.
+    both = {name for name in parts[0].keys() & parts[1].keys() if not name.startswith("eval.")}
+    if differ := [name for name in sorted(both) if parts[0][name] != parts[1][name]]:
+        other = f"{', '.join(differ)} differ, so nothing is calibrated on it; run `jmlr eval eval.split=dev`"
         run.missing.append(f"{run.name}: dev/{arm} ({other})")
-    return parts[0] == parts[1]
+    return not differ
 
 
 def _check_together(folder: Path, split: str) -> None:
