@@ -349,3 +349,24 @@ def test_params_fingerprint_sees_every_change():
         {"a": {"w": jnp.arange(4.0, dtype=jnp.bfloat16)}, "b": tree["b"]},
     ]
     assert len({same, *map(params_fingerprint, others)}) == 6
+
+
+@pytest.mark.parametrize("cosine", [0.0, 0.95])
+def test_what_all_tokens_have_in_common_does_not_hide_what_tells_them_apart(cosine):
+    """Vectors of modern encoders: the same hits find as much, and the target is reached, whatever their mean cosine."""
+    vectors, q = with_common_part(*clustered(1000, 40), cosine)
+    tokens = vectors.vectors_NxPxC[vectors.keep_NxP].astype(np.float32)
+    assert np.sum(tokens.mean(0) ** 2) == pytest.approx(cosine, abs=0.05)
+    truth = np.argsort(-all_scores(vectors, q), axis=1)[:, :10]
+    index = build(vectors, q, bits=4, rerank=400, ann_recall=0.85)
+    hits, _ = index.searcher.nearest(q, 100)
+    assert recall_of(hits, truth) > 0.85
+    assert index.card.ann_recall["10"] >= 0.85 and index.card.hits < 200
+
+
+def with_common_part(vectors, q, cosine):
+    """All tokens moved along one direction and normalised again, until the mean cosine of two of them is this."""
+    by = np.sqrt(cosine / (1 - cosine)) * np.eye(vectors.vectors_NxPxC.shape[-1])[3]
+    p, q = (x + by for x in (vectors.vectors_NxPxC.astype(np.float32), q))
+    p, q = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (p, q))
+    return TokenVectors(p.astype(np.float16), vectors.keep_NxP), q.astype(np.float32)

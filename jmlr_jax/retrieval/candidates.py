@@ -71,12 +71,12 @@ def random_table(questions: int, passages: int, k: int, seed: int) -> np.ndarray
 def mixed_table(parts: Mapping[str, tuple[np.ndarray, int]], k: int, seed: int) -> np.ndarray:
     """Candidates from several tables, in a random order, as the generator's warm-up reads them.
 
-    From each part in turn come its best ``share`` passages that the row does not hold yet; what is then still free
+    From each part in turn come its best ``count`` passages that the row does not hold yet; what is then still free
     is filled from the parts' further passages, one from each at a time. The order within a row is shuffled, so that
     the position of a passage does not tell where it came from.
 
     Args:
-      parts: name -> (table int32 [N, any], share): all with the same N; shares add up to at most k.
+      parts: name -> (table int32 [N, any], count): all with the same N; counts add up to at most k.
       k: width of the result.
       seed: of the shuffling.
 
@@ -84,7 +84,7 @@ def mixed_table(parts: Mapping[str, tuple[np.ndarray, int]], k: int, seed: int) 
       int32 [N, k], every passage at most once a row, -1 on the right where the parts hold fewer.
 
     Raises:
-      ValueError: no parts, tables of different N, or shares above k.
+      ValueError: no parts, tables of different N, or counts above k.
 
     >>> retrieved, lexical = np.array([[5, 3, 8]]), np.array([[3, 9, -1]])
     >>> sorted(mixed_table({"retrieved": (retrieved, 2), "bm25": (lexical, 1)}, 4, seed=0)[0].tolist())
@@ -93,16 +93,16 @@ def mixed_table(parts: Mapping[str, tuple[np.ndarray, int]], k: int, seed: int) 
     sizes = {name: len(table) for name, (table, _) in parts.items()}
     if len(set(sizes.values())) != 1:
         raise ValueError(f"tables of the same number of questions are needed; got {sizes}")
-    if sum(share for _, share in parts.values()) > k:
-        raise ValueError(f"shares { ({name: share for name, (_, share) in parts.items()}) } add up to more than k={k}")
+    if sum(count for _, count in parts.values()) > k:
+        raise ValueError(f"counts { ({name: count for name, (_, count) in parts.items()}) } add up to more than k={k}")
     questions = next(iter(sizes.values()))
     rng = np.random.default_rng(seed)
     mixed_NxK = np.full((questions, k), -1, np.int32)
     for i in range(questions):
         chosen: dict[int, None] = {}  # keeps order, holds each passage once
         left = [iter([int(r) for r in table[i] if r >= 0]) for table, _ in parts.values()]
-        for rows, (_, share) in zip(left, parts.values(), strict=True):
-            _take(rows, chosen, share)
+        for rows, (_, count) in zip(left, parts.values(), strict=True):
+            _take(rows, chosen, count)
         while len(chosen) < k:
             before = len(chosen)
             for rows in left:
@@ -137,15 +137,15 @@ def overlap(a_NxK: np.ndarray, b_NxK: np.ndarray) -> float:
     """
     if len(a_NxK) != len(b_NxK) or not len(a_NxK):
         raise ValueError(f"tables of the same, positive number of questions are needed; got {len(a_NxK)}, {len(b_NxK)}")
-    shares = []
+    found = []
     for a, b in zip(a_NxK, b_NxK, strict=True):
         one, other = set(a[a >= 0].tolist()), set(b[b >= 0].tolist())
-        shares.append(len(one & other) / max(len(one), len(other)) if one or other else 1.0)
-    return float(np.mean(shares))
+        found.append(len(one & other) / max(len(one), len(other)) if one or other else 1.0)
+    return float(np.mean(found))
 
 
 def recall(table_NxK: np.ndarray, gold: Sequence[Sequence[int]], ks: Sequence[int]) -> dict[int, float]:
-    """Mean share of a question's gold passages among its k best, for each k; questions without gold do not count.
+    """Mean fraction of a question's gold passages among its k best, for each k; questions without gold do not count.
 
     >>> recall(np.array([[7, 2, 5], [1, -1, -1]]), [[2, 9], []], (1, 2))
     {1: 0.0, 2: 0.5}

@@ -108,9 +108,9 @@ class Part:
     def nearest(self, fde_NxF: np.ndarray, hits: int, leaves: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Passages int32 [N, hits] (-1 padding) by product of encodings float32 [N, hits] (-inf there)."""
         hits = min(hits, len(self.tokens))
-        share = -(-len(fde_NxF) // (os.cpu_count() or 1))
+        batch = -(-len(fde_NxF) // (os.cpu_count() or 1))
         at, product = self.searcher.search_batched_parallel(
-            fde_NxF, final_num_neighbors=hits, leaves_to_search=leaves, batch_size=max(1, share)
+            fde_NxF, final_num_neighbors=hits, leaves_to_search=leaves, batch_size=max(1, batch)
         )
         # A tree search that finds too few pads with row 0 and NaN; with SOAR a passage may come from both its leaves.
         at = np.where(np.isnan(product), -1, at.astype(np.int64)).astype(np.int32)
@@ -307,9 +307,9 @@ def _living(
     if alive is None:
         return part.nearest(fde_NxF, hits, leaves)
     living, total, all_leaves = int(alive.sum()), len(alive), part.how.leaves
-    wanted, share = min(hits, living), total / max(1, living)
-    ask = math.ceil(hits * share)  # as many as suffice if the living are spread evenly
-    leaves = None if leaves is None else math.ceil(leaves * share)
+    wanted, crowd = min(hits, living), total / max(1, living)
+    ask = math.ceil(hits * crowd)  # as many as suffice if the living are spread evenly
+    leaves = None if leaves is None else math.ceil(leaves * crowd)
     while True:
         ask = min(ask, total)
         leaves = None if leaves is None or all_leaves is None else min(leaves, all_leaves)

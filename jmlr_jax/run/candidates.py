@@ -25,7 +25,7 @@ from jmlr_jax.run.index import merged, retrieve, retriever_index, search
 from jmlr_jax.run.open import Run
 from jmlr_jax.run.phases import PassageSource
 
-SPARE_DEPTH = 4  # how many times its share each source of a mixture is asked for, to fill up what they have in common
+SPARE_DEPTH = 4  # how many times its count each source of a mixture is asked for, to fill up what they have in common
 
 
 def fixed_table(run: Run, source: PassageSource, split: str, k: int, retriever: Any = None) -> np.ndarray:

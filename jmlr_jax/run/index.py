@@ -35,7 +35,7 @@ def index_home(run: Run, name: str) -> Path:
 
 
 def index_folder(run: Run, name: str) -> Path:
-    """Where this process keeps its index of that name: the whole corpus, or its own share of it."""
+    """Where this process keeps its index of that name: the whole corpus, or its own shard of it."""
     return shard_folder(index_home(run, name), jax.process_index(), jax.process_count())
 
 

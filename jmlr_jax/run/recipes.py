@@ -111,7 +111,7 @@ def index_keys(cfg: Config) -> dict[str, Any]:
 
 
 def index_recipe(cfg: Config, fingerprints: Mapping[str, str], folder: Path, retriever: str) -> Recipe:
-    """An index, or a share of one; `retriever` is the fingerprint of its weights."""
+    """An index, or a shard of one; `retriever` is the fingerprint of its weights."""
     inputs = {"passages": fingerprints["passages"], "train questions": fingerprints["train"]}
     return Recipe(folder, index_keys(cfg), inputs | {"retriever weights": retriever})
 
