@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = """
+TINY = """
 data.world.conditions=72 data.world.values=12
 retriever.tokenizer_vocab=512 retriever.dim=8 retriever.bert.hidden_size=16 retriever.bert.intermediate_size=16
 retriever.query_length=24 retriever.passage_length=40 index.encode_batch=64 index.oracle_queries=4
@@ -31,9 +31,9 @@ generator.tokenizer_vocab=512 generator.passage_length=56 generator.question_len
 generator.llama.hidden_size=16 generator.llama.intermediate_size=16 generator.llama.num_layers=1
 generator.llama.num_heads=1 generator.llama.num_kv_heads=1
 train.batch_size=4 train.candidates=4 train.mix.index=2 train.mix.bm25=1 train.mix.random=1 train.sampled=3
-train.read_passages=2 train.refresh_steps=20 train.refresh_delay=8 train.checkpoint_steps=6 train.dev_questions=4
-train.log_steps=1 train.warmup.steps=0
-""".split()
+train.pack=[] train.read_passages=2 train.dev_questions=4 train.log_steps=1 train.warmup.steps=0
+""".split()  # a run of seconds
+SETTINGS = [*TINY, "train.refresh_steps=20", "train.refresh_delay=8", "train.checkpoint_steps=6"]
 
 
 def start(folder: Path, command: str, steps: int) -> subprocess.Popen[bytes]:

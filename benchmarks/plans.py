@@ -1,6 +1,6 @@
 """Plans of all presets that name a slice, as the table of docs/benchmarks.md and the `# Plan:` line of each preset.
 
-    python benchmarks/plans.py OUT [jmlr_7b_v5e16 ...] [--step-only] [--headers] [key=value ...]
+    python benchmarks/plans.py OUT [paper_7b_v5e16 ...] [--step-only] [--headers] [key=value ...]
 
 Each preset takes minutes of one core. A plan is kept in OUT/NAME.json and not made again; delete the file to make it
 again. `--headers` writes what was found into the presets.

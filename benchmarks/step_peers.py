@@ -57,7 +57,7 @@ train:
   mix: {index: 8, bm25: 0, random: 0}
   sampled: 4
   read_passages: 3
-  tie_margin: 0
+  help_margin: 0
   warmup: {steps: 0}
   retriever: {learning_rate: 1.0e-5, warmup_steps: 0, final_fraction: 1}
   generator: {learning_rate: 2.0e-4, warmup_steps: 0, final_fraction: 1}

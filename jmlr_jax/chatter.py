@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import sys
 from types import ModuleType
 
 VARIABLES = {"TRANSFORMERS_VERBOSITY": "error"}  # it misses PyTorch, which is not needed here
@@ -16,6 +17,7 @@ LOGGERS = ("matplotlib",)  # it builds a cache of fonts once
 # C++ libraries that log through Abseil take its level from no variable; the name is that of the release they hold.
 _SET_MIN_LOG_LEVEL = "_ZN4absl12lts_2025012714SetMinLogLevelENS0_18LogSeverityAtLeastE"
 _ERROR = 2  # absl::LogSeverityAtLeast::kError
+_LATE = "Event loop is closed"
 
 
 def hush() -> None:
@@ -27,9 +29,26 @@ def hush() -> None:
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     absl.set_verbosity(absl.ERROR)
+    logging.getLogger("absl").addFilter(_not_of_orbax)
+    sys.unraisablehook = _unraisable
 
 
 def hush_abseil(library: ModuleType) -> None:
     """Silences the C++ logs of an extension module up to warnings; a release of another Abseil goes on logging."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(str(library.__file__))[_SET_MIN_LOG_LEVEL](_ERROR)
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Whether a record is no traceback of Orbax: what it fails with, in threads too, it raises here as well."""
+    return not (record.exc_info and "/orbax/" in record.pathname)
+
+
+def _unraisable(told: sys.UnraisableHookArgs) -> None:
+    """Shows an error that nobody can catch, but for one.
+
+    A checkpoint that cannot be read or written, which we tell in a line, leaves work on its other arrays under way;
+    threads of TensorStore tell, when it ends, that Orbax's loop is gone.
+    """
+    if str(told.exc_value) != _LATE:
+        sys.__unraisablehook__(told)

@@ -14,14 +14,15 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn, get_args
 
-from jmlr_jax import chatter, config_io
+from jmlr_jax import chatter, cli_answering, cli_evaluation, config_io
 from jmlr_jax.config import ArmName, Config
 from jmlr_jax.config_models import DType
 from jmlr_jax.errors import JmlrError
-from jmlr_jax.files import expanded
+from jmlr_jax.files import disk_trouble, expanded
 from jmlr_jax.parallel.libtpu import set_flags
 
 ARMS = get_args(ArmName)
+STARTS = ("prepare", "run")  # commands that write the configuration of a run directory
 DESCRIPTION = "Joint training of a late-interaction retriever and a language model on multiple-choice questions."
 EXAMPLES = """\
 examples:
@@ -105,15 +106,18 @@ def _act(command: _Command, args: argparse.Namespace, rest: list[str]) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has left: jmlr print-config | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (JmlrError, OSError) as error:
-        if args.debug:
-            traceback.print_exc()
-        for line in str(error).splitlines() or [type(error).__name__]:
-            print(f"jmlr: {line}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("jmlr: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
+    except Exception as error:
+        said = str(error) if isinstance(error, JmlrError) else disk_trouble(error)
+        if said is None and not isinstance(error, OSError):
+            raise  # a fault of ours
+        if args.debug:
+            traceback.print_exc()
+        for line in (said or str(error)).splitlines() or [type(error).__name__]:
+            print(f"jmlr: {line}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -128,6 +132,8 @@ def _configuration(args: argparse.Namespace, overrides: list[str]) -> Config:
         if source is None and os.path.exists(saved):
             source = saved
             print(f"jmlr: configuration of {saved}", file=sys.stderr)
+        elif source is None and args.command not in STARTS and os.path.isdir(f"{expanded(args.run_dir)}/data"):
+            raise config_io.ConfigError(f"{saved}: is gone; bring it back from a copy, or give --config")
     return config_io.load(source, overrides)
 
 
@@ -164,17 +170,10 @@ def _train(config: Config, args: argparse.Namespace) -> None:
         pipeline.train(run, arm)
 
 
-def _eval(config: Config, args: argparse.Namespace) -> None:
-    from jmlr_jax.evaluation.arms import evaluate_arms
-    from jmlr_jax.run.open import Run
-
-    evaluate_arms(Run.open(config), config.eval.arms if args.arm == "all" else (args.arm,))
-
-
 def _report(config: Config, args: argparse.Namespace) -> None:
     from jmlr_jax.commands import pipeline
 
-    pipeline.write_report(config)
+    pipeline.write_report(config, args.out)
 
 
 def _run(config: Config, args: argparse.Namespace) -> None:
@@ -194,7 +193,12 @@ def _import(config: Config, args: argparse.Namespace) -> None:
     from jmlr_jax.hf.convert import import_checkpoint
 
     import_checkpoint(
-        args.src, args.dst, dtype=args.dtype, vocab_multiple=args.vocab_multiple, add_tokens=args.add_token
+        args.src,
+        args.dst,
+        dtype=args.dtype,
+        vocab_multiple=args.vocab_multiple,
+        add_tokens=args.add_token,
+        layers=args.layers,
     )
     print(args.dst)
 
@@ -202,7 +206,7 @@ def _import(config: Config, args: argparse.Namespace) -> None:
 def _export(config: Config, args: argparse.Namespace) -> None:
     from jmlr_jax.commands.export import export_run
 
-    export_run(config, args.dst, arm=args.arm)
+    export_run(config, args.dst, arm=args.arm, with_index=args.with_index)
     print(args.dst)
 
 
@@ -212,7 +216,7 @@ def _plan(config: Config, args: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")  # what is asked is the compiler; a TPU that is there is left alone
     from jmlr_jax.planning import report as plan_report
 
-    plan_report.run(config, args.topology, args.search, args.json)
+    plan_report.run(config, args.topology, args.search, args.json, args.lengths)
 
 
 def _print_config(config: Config, args: argparse.Namespace) -> None:
@@ -233,7 +237,12 @@ COMMANDS = {
     ),
     "index": _Command(_index, "encode the passages and build the index", "jmlr index --run-dir runs/a", together=True),
     "train": _Command(_train, "train one arm, or continue it", "jmlr train --run-dir runs/a --arm bm25", together=True),
-    "eval": _Command(_eval, "evaluate trained arms", "jmlr eval --run-dir runs/a --arm bm25", together=True),
+    "eval": _Command(
+        cli_evaluation.evaluate,
+        "evaluate trained arms, on questions of the run or on a published set",
+        "jmlr eval --run-dir runs/a --arm bm25",
+        together=True,
+    ),
     "report": _Command(_report, "write tables and figures of a run", "jmlr report --run-dir runs/a", together=True),
     "run": _Command(
         _run, "all of the above, for one seed or several", "jmlr run --seeds 3 --run-dir runs/b", together=True
@@ -252,6 +261,16 @@ COMMANDS = {
         places=("QUERY",),
         together=True,
     ),
+    "ask": _Command(
+        cli_answering.ask,
+        "answer a question beside the passages that made the answer; without one, one after the other",
+        'jmlr ask "What helps against gout?" --run-dir runs/a --option insulin --option colchicine',
+    ),
+    "serve": _Command(
+        cli_answering.serve,
+        "a web page and a JSON API that answer so (needs the extra `serve`)",
+        "jmlr serve --run-dir runs/a --port 8000",
+    ),
     "import": _Command(
         _import,
         "check a published checkpoint, a directory or a GGUF file, and write it for training",
@@ -268,7 +287,7 @@ COMMANDS = {
     "plan": _Command(
         _plan,
         "compile for a TPU slice without one: does it fit, how fast, at what cost (needs the extra `plan`)",
-        "jmlr plan --config jmlr_7b_v5e16 --topology v5e:8x8 train.batch_size=64",
+        "jmlr plan --config paper_7b_v5e16 --topology v5e:8x8 train.batch_size=64",
     ),
     "print-config": _Command(
         _print_config, "show the configuration that a command would use", "jmlr print-config --config smoke"
@@ -321,15 +340,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "train":
             sub.add_argument("--arm", choices=(*ARMS, "all"), default="jmlr", help="default: jmlr; all: eval.arms")
         elif name == "eval":
-            sub.add_argument("--arm", choices=(*ARMS, "all"), default="all", help="default: all (eval.arms)")
+            cli_evaluation.add_arguments(sub, ARMS)
         elif name == "index":
-            sub.add_argument(
-                "--ann-recall",
-                "--recall",
-                type=float,
-                metavar="FRACTION",
-                help="to tune to; short for index.ann_recall=FRACTION",
-            )
+            tuned = "to tune to; short for index.ann_recall=FRACTION"
+            sub.add_argument("--ann-recall", "--recall", type=float, metavar="FRACTION", help=tuned)
         elif name == "search":
             sub.add_argument(
                 "--arm", default="initial", metavar="NAME", help="whose retriever: a trained phase; default: initial"
@@ -340,10 +354,15 @@ def _parser() -> argparse.ArgumentParser:
             )
             sub.add_argument("--hybrid", action="store_true", help="fuse with BM25 by reciprocal rank")
             sub.add_argument("--trec", metavar="FILE", help="write a TREC run file")
+        elif name == "report":
+            sub.add_argument("--out", metavar="DIR", help="where to write it; default: the run directory")
+        elif name in ("ask", "serve"):
+            cli_answering.add_arguments(sub, name)
         elif name == "run":
             sub.add_argument("--seeds", type=_positive, default=1, metavar="N", help="runs seeds 0 to N-1; default: 1")
         elif name == "export":
             sub.add_argument("--arm", choices=ARMS, default="jmlr", help="whose weights; default: jmlr")
+            sub.add_argument("--with-index", action="store_true", help="add what `jmlr ask` and `jmlr serve` need")
         elif name == "compare":
             sub.add_argument("--split", choices=("dev", "test"), default="test", help="default: test")
             sub.add_argument("--json", metavar="FILE", help="write the differences")
@@ -351,12 +370,12 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--dtype", choices=get_args(DType), help="of the written weights; default: the checkpoint's"
             )
+            sub.add_argument("--layers", type=_positive, metavar="N", help="keep the first N layers alone")
             sub.add_argument("--vocab-multiple", type=_positive, default=1, metavar="N", help="pad the vocabulary")
-            sub.add_argument(
-                "--add-token", action="append", default=[], metavar="TOKEN", help="may be given repeatedly"
-            )
+            sub.add_argument("--add-token", action="append", default=[], metavar="TOKEN", help="may be repeated")
         elif name == "plan":
             sub.add_argument("--topology", metavar="SLICE", help="e.g. v5e:4x4; default: mesh.topology")
+            sub.add_argument("--lengths", metavar="DATA", help="price it at real lengths too: medqa, or those of a run")
             sub.add_argument("--search", action="store_true", help="compile every mesh and number of microbatches")
             sub.add_argument("--json", metavar="FILE", help="write the plan (with --search the fastest that fits)")
         elif name == "print-config":

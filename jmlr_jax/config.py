@@ -19,6 +19,17 @@ from jmlr_jax.config_models import GeneratorConfig, LocalPath, ReadPath, Retriev
 
 RankLossName = Literal["llm_rank", "kl", "emdr2"]
 ArmName = Literal["jmlr", "frozen", "separate", "bm25", "random", "closed_book"]
+SuiteName = Literal[
+    "mirage",
+    "medqa",
+    "medxpertqa",
+    "mmlu_pro",
+    "pubmedqa",
+    "pubmedqa_abstract",
+    "bioasq",
+    "bioasq_snippets",
+    "amboss",
+]
 
 
 class WorldConfig(Strict):
@@ -40,12 +51,27 @@ class WorldConfig(Strict):
 class DataConfig(Strict):
     """Where questions and passages come from."""
 
-    questions: Literal["world", "medqa", "medmcqa", "mmlu", "pubmedqa", "mirage", "jsonl", "csv", "tsv"] = "world"
+    questions: Literal[
+        "world",
+        "medqa",
+        "medmcqa",
+        "mmlu",
+        "pubmedqa",
+        "mirage",
+        "medxpertqa",
+        "mmlu_pro",
+        "bioasq",
+        "jsonl",
+        "csv",
+        "tsv",
+    ] = Field("world", description="the embedded world, a published format, or plain records; docs/suites.md")
     train_path: ReadPath | None = None
     dev_path: ReadPath | None = None
     test_path: ReadPath | None = None
     corpus_path: ReadPath | None = Field(
-        None, description="passages: JSONL, CSV or TSV with id, title, text[, source, url]"
+        None,
+        description="passages: JSONL, CSV or TSV with id, title, text[, source, url]; null: those of the world, or "
+        "what PubMedQA and BioASQ give to each question",
     )
     world: WorldConfig = WorldConfig()
     on_error: Literal["stop", "skip"] = Field("stop", description="skip: bad records are counted and listed")
@@ -115,7 +141,7 @@ class WarmupConfig(Strict):
     no fact can be memorised and reading is the only way to a lower loss. 0 steps for a pre-trained generator.
     """
 
-    steps: int = Field(3000, ge=0)
+    steps: int = Field(1500, ge=0)
     distant_probability: tuple[UnitInterval, UnitInterval] = Field(
         (0.8, 0.1), description="at the first step and, linearly, at the last"
     )
@@ -141,22 +167,34 @@ class MixConfig(Strict):
 class TrainConfig(Strict):
     """The joint step and the loop around it (method.md, One training step)."""
 
-    steps: PositiveInt = 400
+    steps: PositiveInt = 300
     batch_size: PositiveInt = Field(32, description="B: questions a step, over all devices")
     accumulate: PositiveInt = Field(1, description="microbatches a step; must divide batch_size")
     candidates: PositiveInt = Field(16, description="K (30 in the paper)")
     mix: MixConfig = MixConfig()
     sampled: PositiveInt = Field(8, description="M (10 in the paper)")
-    pack_judging: tuple[UnitInterval, ...] = Field(
-        (0.5, 0.625, 0.75, 0.875),
-        description="judging computes for the least of these fractions of its prompts at full length that holds their "
-        "tokens; each is compiled, and changes rounding alone",
+    pack: tuple[UnitInterval, ...] = Field(
+        (0.6, 0.8),
+        description="judging and reading compute for the least of these fractions of their prompts at full length that "
+        "holds the tokens; each is compiled, and changes rounding alone",
     )
     read_passages: PositiveInt = Field(3, description="N (7 in the paper)")
     rank_loss: RankLossName = "llm_rank"
     rank_weight: float = Field(1.0, ge=0)
-    tie_margin: float = Field(
-        1.2, ge=0, description="nats per token; judgements closer than this are ties and carry no weight (paper: 0)"
+    judge_decay: UnitInterval = Field(
+        0.0,
+        description="passages are judged by an exponential average of the generator that forgets 1 - this a step; 0: "
+        "by the generator itself, as in the paper; 1: by the generator as the phase began",
+    )
+    probe_questions: int = Field(
+        32, ge=0, description="dev questions with gold passages that the judge is tried on; 0: none"
+    )
+    probe_steps: PositiveInt = Field(25, description="steps between these trials")
+    help_margin: float = Field(
+        0.8,
+        ge=0,
+        description="a pair of judged passages counts where the better one lowers the answer loss by more than this, "
+        "nats per token, below the median of the question's judged passages; 0: every pair counts, as in the paper",
     )
     refresh_steps: int = Field(
         50, ge=0, description="R: steps between refreshes of the candidate table; 0: never, as in the paper"
@@ -240,7 +278,7 @@ class Config(Strict):
             raise ValueError(
                 f"generator.max_length={g.max_length} cannot hold a passage, the question and its answer ({shortest})"
             )
-        if g.max_length > g.llama.max_positions:
+        if g.positions_known and g.max_length > g.llama.max_positions:
             raise ValueError(
                 f"generator.max_length={g.max_length} exceeds generator.llama.max_positions={g.llama.max_positions}"
             )
@@ -255,7 +293,7 @@ class Config(Strict):
                     f"may stay), or {half}.lora={{}} for float32 adapters on a frozen base"
                 )
         longest = max(r.query_length, r.passage_length)
-        if longest > r.bert.max_positions:
+        if r.positions_known and longest > r.bert.max_positions:
             raise ValueError(
                 f"retriever lengths up to {longest} exceed retriever.bert.max_positions={r.bert.max_positions}"
             )

@@ -7,6 +7,7 @@ reported with its place (``file:line`` or ``command line``), its dotted key, and
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -15,16 +16,19 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
-from etils import epath
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from jmlr_jax.config import Config
+from jmlr_jax.config_tree import given, merge, nest, only_given
 from jmlr_jax.errors import JmlrError
-from jmlr_jax.files import absolute, any_path, write_text
+from jmlr_jax.files import AnyPath, absolute, any_path, write_text
 
 RESOLVED_NAME = "config.yaml"
 """Name of the record in a run directory: what `jmlr prepare` or `jmlr run` was asked, resolved."""
+
+DEEPEST = 20  # of what stands within one another in YAML; the schema has five
+_SEAL = "# sha256 of what follows: "
 
 COMMAND_LINE = "command line"
 EXPECTED = {  # in the reader's words, by pydantic's name of the error
@@ -80,14 +84,21 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
     # instance differs from its class (train.retriever) would otherwise lose what the preset leaves out.
     tree = Config().model_dump()
     places: dict[str, str] = {}
+    asked: set[str] = set()
     if path is not None:
         for preset in _with_bases(path):
-            _merge(tree, _read_preset(preset, places))
+            found = _read_preset(preset, places)
+            merge(tree, found)
+            asked |= given(found, preset.name == RESOLVED_NAME)
     for override in overrides:
         key, value = _parse_override(override)
         places[key] = COMMAND_LINE
-        _merge(tree, _nest(key.split("."), value))
+        asked.add(key)
+        merge(tree, nest(key.split("."), value))
     problems = list(_boolean_problems(tree, Config, places))
+    for half in ("retriever", "generator"):  # what nobody has set follows the half's source
+        if isinstance(tree[half], dict):
+            tree[half] = only_given(tree[half], asked, f"{half}.")
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -99,8 +110,12 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
 
 
 def save_resolved(config: Config, path: str | os.PathLike[str]) -> None:
-    """Writes every value as YAML; :func:`load` reads the same configuration back. Atomic: whole or not at all."""
-    write_text(path, to_yaml(config))
+    """Writes every value as YAML; :func:`load` reads the same configuration back. Atomic: whole or not at all.
+
+    The first line holds a sum of the rest, so that what a disk has done to it is not taken for what was asked.
+    """
+    text = to_yaml(config)
+    write_text(path, f"{_SEAL}{_sum(text)}\n{text}")
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -136,7 +151,7 @@ def field_rows() -> list[FieldRow]:
 # Reading
 
 
-def _find_preset(path: str) -> epath.Path:
+def _find_preset(path: str) -> AnyPath:
     file = any_path(path)
     if file.is_dir():
         raise ConfigError(f"{path}: is a directory, expected a YAML file or the name of a preset")
@@ -144,13 +159,13 @@ def _find_preset(path: str) -> epath.Path:
         return file
     known = presets()
     if path in known:
-        return epath.Path(known[path])
+        return any_path(known[path])
     close = difflib.get_close_matches(Path(path).stem, known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise ConfigError(f"{path}: no such file, and no preset of that name{hint} (presets: {', '.join(known) or 'none'})")
 
 
-def _with_bases(path: str) -> list[epath.Path]:
+def _with_bases(path: str) -> list[AnyPath]:
     """The preset's file after those it extends: ``extends: NAME`` lays it over another preset."""
     files = [_find_preset(path)]
     while True:
@@ -164,10 +179,12 @@ def _with_bases(path: str) -> list[epath.Path]:
         files.insert(0, found)
 
 
-def _read_preset(file: epath.Path, places: dict[str, str]) -> dict[str, Any]:
+def _read_preset(file: AnyPath, places: dict[str, str]) -> dict[str, Any]:
     """The file's tree; fills ``places`` with ``file:line`` for each dotted key in it."""
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
+        _check_seal(file, text)
+        _check_events(file, text)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is None:
             return {}
@@ -183,8 +200,35 @@ def _read_preset(file: epath.Path, places: dict[str, str]) -> dict[str, Any]:
         mark = error.problem_mark
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{file}{line}: not valid YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ConfigError(f"{file}: not a YAML text file: {error}") from error
+
+
+def _check_events(file: AnyPath | str, text: str) -> None:
+    """Refuses what a few lines of YAML can cost: aliases, which can stand for gigabytes, and endless nesting."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        place = f"{file}:{event.start_mark.line + 1}" if event.start_mark else str(file)
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"{place}: *{event.anchor}: aliases are not read here")
+        if depth > DEEPEST:
+            raise ConfigError(f"{place}: more than {DEEPEST} lists or sections within one another")
+
+
+def _check_seal(file: AnyPath, text: str) -> None:
+    """Refuses the record of a run directory that is not as it was written."""
+    first, _, rest = text.partition("\n")
+    sealed = first.startswith(_SEAL)
+    if (sealed and first.removeprefix(_SEAL) != _sum(rest)) or (not text and file.name == RESOLVED_NAME):
+        raise ConfigError(
+            f"{file}: changed since it was written; bring it back from a copy"
+            + (", or take its first line away to use it as it is now" if sealed else "")
+        )
+
+
+def _sum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _walk_nodes(
@@ -232,8 +276,9 @@ def _parse_override(override: str) -> tuple[str, Any]:
     if _accepts(field.annotation, str) and not quoted:
         return key, text
     try:
+        _check_events(f"{COMMAND_LINE}: {key}", text)
         return key, yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{COMMAND_LINE}: {key}: {text!r} is not valid YAML") from error
 
 
@@ -295,25 +340,6 @@ def _unknown(key: str, place: str) -> str:
     nearest = nearest or difflib.get_close_matches(key, known, n=1)
     hint = f"; did you mean {' or '.join(nearest[:3])}?" if nearest else "; see jmlr print-config --fields"
     return f"{place}: {key}: unknown key{hint}"
-
-
-# Trees
-
-
-def _nest(parts: Sequence[str], value: Any) -> dict[str, Any]:
-    for part in reversed(parts):
-        value = {part: value}
-    nested: dict[str, Any] = value
-    return nested
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
-    """Lays ``over`` on ``base`` in place, mapping by mapping; anything else replaces."""
-    for key, value in over.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            _merge(base[key], value)
-        else:
-            base[key] = value
 
 
 # Problems

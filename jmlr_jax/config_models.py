@@ -67,9 +67,44 @@ class RopeScalingConfig(Strict):
     attention_factor: float | None = Field(None, description="yarn only; None derives it from the factor")
 
 
-class LlamaConfig(Strict):
-    """Shape of a Llama-family decoder (Llama 2/3, Mistral, Qwen2, Qwen3)."""
+class AttentionConfig(Strict):
+    """What tokens see, and how their positions turn queries and keys, by layer."""
 
+    sliding_window: PositiveInt | None = Field(
+        None,
+        description="of a decoder: keys so far back, and further, are hidden; of an encoder: those further away on "
+        "either side",
+    )
+    layer_kinds: tuple[Literal["full", "window"], ...] = Field(
+        (),
+        description="which layers have the window, repeated over the layers, e.g. [window, window, full]; [] all do",
+    )
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScalingConfig | None = None
+    window_rope_theta: float | None = Field(
+        None, description="rotary base of layers with a window, not scaled; null: that of the others, scaled as theirs"
+    )
+
+    @model_validator(mode="after")
+    def _check_kinds(self) -> AttentionConfig:
+        if self.sliding_window is None and (self.layer_kinds or self.window_rope_theta is not None):
+            raise ValueError("layer_kinds and window_rope_theta speak of a window; set sliding_window")
+        return self
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer, None where it sees every key."""
+        kinds = self.layer_kinds or ("window",)
+        count: int = self.num_layers  # type: ignore[attr-defined]  # of either model
+        return tuple(self.sliding_window if kinds[i % len(kinds)] == "window" else None for i in range(count))
+
+
+class LlamaConfig(AttentionConfig):
+    """Shape of a Llama-family decoder (Llama 2/3, Mistral, Qwen2, Qwen3, Gemma 3)."""
+
+    block: Literal["llama", "gemma"] = Field(
+        "llama", description="gemma: four norms a layer, each times one plus its weight, tanh GELU, scaled embeddings"
+    )
     vocab_size: int = Field(0, ge=0, description="0 takes the tokenizer's size")
     hidden_size: PositiveInt = 64
     intermediate_size: PositiveInt = 128
@@ -78,13 +113,13 @@ class LlamaConfig(Strict):
     num_kv_heads: PositiveInt = 4
     head_dim: PositiveInt | None = Field(None, description="None: hidden_size / num_heads")
     max_positions: PositiveInt = 512
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScalingConfig | None = None
+    query_pre_attn_scalar: PositiveInt | None = Field(
+        None, description="Gemma: scores are divided by its root; null: by that of the head's width"
+    )
     rms_norm_eps: float = 1e-6
     tie_embeddings: bool = True
     qkv_bias: bool = Field(False, description="Qwen2")
-    qk_norm: bool = Field(False, description="Qwen3: RMSNorm on each head's query and key")
-    sliding_window: PositiveInt | None = Field(None, description="Mistral: keys further back are masked")
+    qk_norm: bool = Field(False, description="Qwen3, Gemma 3: RMSNorm on each head's query and key")
     dtype: DType = Field("float32", description="of activations and matrix products")
     param_dtype: DType = Field("float32", description="of stored weights")
     remat: Remat = Field(
@@ -101,17 +136,25 @@ class LlamaConfig(Strict):
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
         return self
 
+    @property
+    def head_width(self) -> int:
+        """E: numbers in one head's query."""
+        return self.head_dim or self.hidden_size // self.num_heads
 
-class BertConfig(Strict):
-    """Shape of a BERT-family encoder (the retriever's trunk)."""
 
+class BertConfig(AttentionConfig):
+    """Shape of an encoder, the retriever's trunk: BERT, or ModernBERT, which alone has windows and rotary positions."""
+
+    block: Literal["bert", "modernbert"] = Field(
+        "bert", description="modernbert: norms before attention and a gated network, no biases, rotary positions"
+    )
     vocab_size: int = Field(0, ge=0, description="0 takes the tokenizer's size")
     hidden_size: PositiveInt = 64
     intermediate_size: PositiveInt = 128
     num_layers: PositiveInt = 1
     num_heads: PositiveInt = 2
     max_positions: PositiveInt = 128
-    type_vocab_size: PositiveInt = 2
+    type_vocab_size: PositiveInt = Field(2, description="BERT only")
     layer_norm_eps: float = 1e-12
     hidden_act: Literal["gelu", "gelu_new", "relu"] = "gelu"
     dtype: DType = "float32"
@@ -122,7 +165,17 @@ class BertConfig(Strict):
     def _check(self) -> BertConfig:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
+        if self.block == "bert":
+            plain = AttentionConfig()
+            if any(getattr(self, name) != getattr(plain, name) for name in AttentionConfig.model_fields):
+                names = ", ".join(AttentionConfig.model_fields)
+                raise ValueError(f"{names} are of block=modernbert; a BERT has neither window nor rotary positions")
         return self
+
+    @property
+    def head_width(self) -> int:
+        """E: numbers in one head's query."""
+        return self.hidden_size // self.num_heads
 
 
 class AdapterConfig(Strict):
@@ -139,7 +192,9 @@ class EncoderLoraConfig(AdapterConfig):
 
     rank: PositiveInt = 16
     alpha: float = 32.0
-    targets: tuple[Literal["q", "k", "v", "o", "up", "down"], ...] = ("q", "k", "v", "o", "up", "down")
+    targets: tuple[Literal["q", "k", "v", "qkv", "o", "up", "down"], ...] = Field(
+        ("q", "k", "v", "o", "up", "down"), description="of ModernBERT: qkv, o, up, down"
+    )
     whole: tuple[str, ...] = Field(
         ("projection",),
         description="weights of the base that train entirely, by name: projection (to token vectors; random where a "
@@ -160,13 +215,37 @@ class RetrieverConfig(ModelConfig):
     dim: PositiveInt = Field(32, description="C: width of a token vector (128 in the paper)")
     query_length: PositiveInt = Field(13, description="Q: query tokens, markers and augmentation included")
     passage_length: PositiveInt = Field(28, description="P: passage tokens, markers included")
-    query_template: str = Field("{question}", description="fields: question, options")
+    query_template: str = Field(
+        "{question}", description="fields: question, last_sentence (what a long case report asks in the end), options"
+    )
     passage_template: str = Field("{title}. {text}", description="fields: title, text")
     query_marker: str = Field("[Q]", description="token after [CLS] in queries; [unused0] in published ColBERTs")
     passage_marker: str = Field("[D]", description="token after [CLS] in passages; [unused1] in published ColBERTs")
     augment_queries: bool = Field(True, description="fill queries up to Q with [MASK], as ColBERT does")
     attend_to_mask_tokens: bool = Field(False, description="whether other tokens attend to the augmentation")
     skip_punctuation: bool = Field(True, description="passage punctuation takes no part in MaxSim")
+
+    @property
+    def positions_known(self) -> bool:
+        """Whether ``bert.max_positions`` is said here; else the source says it."""
+        return _said(self.source, self.bert)
+
+    @model_validator(mode="after")
+    def _check_augmentation(self) -> RetrieverConfig:
+        if fault := unattended(self):
+            raise ValueError(fault)
+        return self
+
+
+def unattended(cfg: RetrieverConfig) -> str:
+    """Why nobody would compute these queries alike, or nothing: FlashAttention, which ModernBERTs are trained and run
+    with, gives no vectors for tokens that are not attended to."""
+    if cfg.bert.block == "modernbert" and cfg.augment_queries and not cfg.attend_to_mask_tokens:
+        return (
+            "retriever.augment_queries=true with a ModernBERT needs attend_to_mask_tokens=true; published ones have "
+            "neither: set retriever.augment_queries=false"
+        )
+    return ""
 
 
 class LoraConfig(AdapterConfig):
@@ -193,6 +272,10 @@ class GeneratorConfig(ModelConfig):
         False, description="a tokenizer made here reads small letters only: a word is the same wherever it stands"
     )
     llama: LlamaConfig = LlamaConfig()
+    chat: bool = Field(
+        False, description="the prompt is the user's turn of the tokenizer's chat template, as instruct models expect"
+    )
+    system: str | None = Field(None, description="text of the system turn, with chat")
     copy_init: float = Field(
         0.7, ge=0, le=1, description="scratch only: how much attention starts as a copier (nn/copying.py)"
     )
@@ -208,3 +291,18 @@ class GeneratorConfig(ModelConfig):
     option_template: str = Field("{letter}) {option}", description="one option; joined by spaces")
     answer_template: str = " {answer}"
     answer_form: Literal["text", "letter"] = Field("text", description="the answer is the option's text or its letter")
+
+    @property
+    def positions_known(self) -> bool:
+        """Whether ``llama.max_positions`` is said here; else the source says it."""
+        return _said(self.source, self.llama)
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> GeneratorConfig:
+        if self.system is not None and not self.chat:
+            raise ValueError("system is the text of a chat template's turn; set chat=true, or leave it out")
+        return self
+
+
+def _said(source: str, shape: LlamaConfig | BertConfig) -> bool:
+    return source == "scratch" or "max_positions" in shape.model_fields_set

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +23,21 @@ PIECE, PIECES = 1 << 20, 256
 BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}
 """Schemes of addresses that can be read, with the library that each needs."""
 
+TROUBLES = {  # of a disk: what a library says of it, and what mends it
+    errno.ENOSPC: ("No space left on device", "no space left; free some, the same command continues"),
+    errno.EDQUOT: ("Disk quota exceeded", "the quota is used up; free some, the same command continues"),
+    errno.EFBIG: ("File too large", "the file would be larger than it may be there; give another place"),
+    errno.EROFS: ("Read-only file system", "nothing can be written there; give a place that can be written"),
+    errno.EACCES: ("Permission denied", "this user has no permission; change it, or give another place"),
+    errno.EPERM: ("Operation not permitted", "this user has no permission; change it, or give another place"),
+    errno.EIO: ("Input/output error", "the disk cannot be read or written there; give the path of a copy"),
+}
+
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib makes gs:/ of gs://
+
+
+AnyPath = epath.Path
+"""A path on this machine or in a bucket, as :func:`any_path` gives it."""
 
 
 class PlaceError(JmlrError, ValueError):
@@ -114,6 +130,54 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """The file `path` with this text, UTF-8; see :func:`replacing`."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def disk_trouble(error: BaseException) -> str | None:
+    """One line for an error of the disk, or of a library that met one: where, and what mends it; None for any other."""
+    seen: list[BaseException] = []
+    each: BaseException | None = error
+    while each is not None and each not in seen:
+        seen.append(each)
+        each = each.__cause__ or each.__context__
+    for each in seen:
+        text = str(each)
+        number = each.errno if isinstance(each, OSError) else None
+        number = number or next((n for n, (words, _) in TROUBLES.items() if words.lower() in text.lower()), None)
+        if number in TROUBLES:
+            place = each.filename if isinstance(each, OSError) else None
+            named = re.search(r"(?<![\w.])/[^\s\"':,\]]+", text)
+            place = place or (named[0].rstrip(".") if named else "the disk")
+            return f"{os.fspath(place)}: {TROUBLES[number][1]}"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fspath(error.filename)}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    return None
+
+
+def write_sealed(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """A JSON object with the sha256 of the rest of it as ``sha256``, for :func:`read_sealed`."""
+    write_text(path, json.dumps({**content, "sha256": _seal(content)}, indent=1) + "\n")
+
+
+def read_sealed(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What :func:`write_sealed` wrote; empty where there is no file.
+
+    Raises:
+      PlaceError: the file is damaged.
+    """
+    file = any_path(path)
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text())
+        if content.pop("sha256") == _seal(content):
+            return dict(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise PlaceError(f"{path}: changed since it was written; remove it, which loses these figures alone")
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def digest(path: str | os.PathLike[str]) -> str:

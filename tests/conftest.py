@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +15,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
+# Tests, and the commands that they start, compile the same small programs over and over: all workers of a session share
+# what they have compiled. The first process makes the folder and takes it away; the others inherit its name.
+COMPILED = os.environ.get("JMLR_TESTS_COMPILED")
+OWN_COMPILED = None if COMPILED else tempfile.mkdtemp(prefix="jmlr-tests-")
+os.environ["JMLR_TESTS_COMPILED"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED or OWN_COMPILED)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Their time is compilation, so XLA leaves out its dear optimizations, in the commands that they start too. Set it to 0
+# to test what users run; all tests of a session must agree, since a seed's initial weights round by it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 NO_SHARED_DATA = "shared data not found at"
+NO_BROWSER = "no browser at"  # tpu_scripts/test.sh has said why; it may not install one everywhere
 # Files of minutes go first, so that no core waits for the last of them (with xdist's own order switched off).
 LONG = (
     "test_documented_commands",
@@ -39,36 +52,49 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="module")
-def quick_compile() -> Iterator[None]:
-    """For files whose time is compilation: XLA leaves out its dear optimizations, which halves it.
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    """A monkeypatch for a whole file, whose runs lie on one device (``runs.one_device``)."""
+    from runs import one_device
 
-    What was compiled so is forgotten afterwards: it rounds otherwise, and a file that mixed the two kinds would see a
-    seed's initial weights change under it.
-    """
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        one_device(monkeypatch)
+        yield monkeypatch
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared data of the tiny world, to be given to ``runs.open_run``; made once, never changed."""
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
     from runs import tiny_config
 
     from jmlr_jax.commands.pipeline import prepare_data
 
-    # Tests of runs compile the same small programs over and over.
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
     folder = tmp_path_factory.mktemp("tiny")
     prepare_data(tiny_config(folder))
     return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def askable(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of :func:`answering.askable_run`, made once for all test processes; copy it before changing it."""
+    import fcntl
+
+    from answering import askable_run
+    from runs import one_device
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "askable"
+    with open(folder.with_suffix(".lock"), "w") as lock, pytest.MonkeyPatch.context() as monkeypatch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        one_device(monkeypatch)
+        if not (folder / "done").exists():
+            askable_run(tiny_data, folder)
+            (folder / "done").touch()
+    return folder
+
+
+def pytest_unconfigure() -> None:
+    if OWN_COMPILED:
+        shutil.rmtree(OWN_COMPILED, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -76,12 +102,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _note(report: pytest.TestReport | pytest.CollectReport) -> None:
-    """Remember a test that did not truly run: skipped for any reason but missing shared data, or marked xfail."""
+    """Remember a test that did not truly run: skipped for any reason but missing shared data or a browser, or
+    marked xfail."""
     if hasattr(report, "wasxfail"):
         _unwanted.append(f"{report.nodeid}: marked xfail")
     elif report.skipped:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        if NO_SHARED_DATA not in reason:
+        if NO_SHARED_DATA not in reason and NO_BROWSER not in reason:
             _unwanted.append(f"{report.nodeid}: {reason}")
 
 

@@ -1,5 +1,5 @@
 """A small retriever with a tokenizer, the same in every environment, the texts it is tried on, and what this project,
-PyLate and colbert-ai make of them."""
+sentence-transformers and colbert-ai make of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pylate.models
 import torch
 import transformers
 from etils import epath
-from pylate.scores import colbert_scores
+from sentence_transformers import MultiVectorEncoder
 
 from jmlr_jax.config_models import BertConfig, RetrieverConfig
 from jmlr_jax.data.tokenise import tokenise
@@ -45,10 +44,17 @@ PASSAGES = [
 ]
 LONG = {"query_length": 20, "passage_length": 32, "dim": 12, "tokenizer_vocab": 400}
 BERT = BertConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, max_positions=48)
+MODERN = BertConfig(
+    **BERT.model_dump(include={"hidden_size", "intermediate_size", "num_heads", "max_positions"}), block="modernbert",
+    num_layers=4, layer_norm_eps=1e-5, sliding_window=6, layer_kinds=("full", "window", "window"),
+    rope_theta=160_000.0, window_rope_theta=10_000.0,
+)  # fmt: skip
 CONFIGS = {
     "published": RetrieverConfig(bert=BERT, query_marker="[unused0]", passage_marker="[unused1]", **LONG),
     "own": RetrieverConfig(bert=BERT, attend_to_mask_tokens=True, skip_punctuation=False, **LONG),
     "plain": RetrieverConfig(bert=BERT, augment_queries=False, **LONG),
+    "modern": RetrieverConfig(bert=MODERN, augment_queries=False, **LONG),
+    "attended": RetrieverConfig(bert=MODERN, attend_to_mask_tokens=True, **LONG),
 }
 
 
@@ -145,15 +151,14 @@ def colbert_ai(folder: Path) -> tuple[HFColBERT, torch.Tensor]:
     return model, pairs.masked_fill(~kept[None, :, None], -9999).max(-1).values.sum(-1)
 
 
-def pylate_itself(folder: Path) -> dict[str, Any]:
-    """What PyLate makes of a directory, by the names of :func:`encode`: for each text ids, attention mask and the
-    vectors it keeps, and scores [queries, passages]."""
-    model, found = pylate.models.ColBERT(str(folder), device="cpu"), {}
-    for side, texts in (("query", QUERIES), ("passage", PASSAGES)):
-        given = [model.tokenize([text], is_query=side == "query") for text in texts]
+def multi_vector(folder: Path) -> dict[str, Any]:
+    """What sentence-transformers makes of a directory, by the names of :func:`encode`: for each text ids, attention
+    mask and the vectors it keeps, and scores [queries, passages]."""
+    model, found = MultiVectorEncoder(str(folder), device="cpu"), {}
+    for side, task, texts in (("query", "query", QUERIES), ("passage", "document", PASSAGES)):
+        given = [model.preprocess([text], prompt=model.prompts[task], task=task) for text in texts]
         found[f"{side}_ids"] = [row["input_ids"][0].tolist() for row in given]
         found[f"{side}_mask"] = [row["attention_mask"][0].tolist() for row in given]
-        asked = {"is_query": side == "query", "convert_to_tensor": True, "show_progress_bar": False}
-        found[side[0]] = [model.encode([text], **asked)[0] for text in texts]
-    found["scores"] = [[colbert_scores(q[None], p[None]).item() for p in found["p"]] for q in found["q"]]
+    found["q"], found["p"] = model.encode_query(QUERIES), model.encode_document(PASSAGES)
+    found["scores"] = model.similarity(found["q"], found["p"]).numpy()
     return found

@@ -14,15 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 540  # until a job that hangs is ended; pytest's own limit comes after it
 
 
-def environment(cache: Path) -> dict[str, str]:
-    """Of a process with one CPU device that compiles quickly and keeps what it has compiled in ``cache``."""
+def environment() -> dict[str, str]:
+    """Of a process with one CPU device that compiles quickly; what has been compiled is shared (``conftest``)."""
     return os.environ | {
         "XLA_FLAGS": "",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
 
@@ -31,11 +28,10 @@ class Job:
 
     Args:
       folder: for the output of each process.
-      cache: compilations are kept there; jobs that compile the same share one.
       words: the command.
     """
 
-    def __init__(self, folder: Path, cache: Path, count: int, *words: str) -> None:
+    def __init__(self, folder: Path, count: int, *words: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -46,7 +42,7 @@ class Job:
             command = [sys.executable, "-m", "jmlr_jax", *words, "--distributed", f"{where},{i},{count}"]
             with output.open("w") as file:
                 self.processes.append(
-                    subprocess.Popen(command, env=environment(cache), stdout=file, stderr=subprocess.STDOUT)
+                    subprocess.Popen(command, env=environment(), stdout=file, stderr=subprocess.STDOUT)
                 )
 
     def __enter__(self) -> Job:

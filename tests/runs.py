@@ -39,12 +39,13 @@ TINY: dict[str, Any] = {
         "candidates": 4,
         "mix": {"index": 2, "bm25": 1, "random": 1},
         "sampled": 3,
-        "pack_judging": [],  # each fraction is compiled
+        "pack": [],  # each fraction is compiled
         "read_passages": 2,
         "refresh_steps": 4,
         "refresh_delay": 2,
         "checkpoint_steps": 5,
         "dev_questions": 4,
+        "probe_questions": 0,
         "log_steps": 1,
         "warmup": {"steps": 0},
     },

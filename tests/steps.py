@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
 import jax
@@ -30,8 +31,14 @@ def spec(
     *, rank: bool = True, read: bool = True, lora: LoraConfig | None = None, max_length: int = ROOM, **train: Any
 ) -> StepSpec:
     """M 3 of the batch's K 5, N 2, no margin; `train` overrides what the step reads of the training configuration."""
-    settings = {"rank_loss": "llm_rank", "tie_margin": 0.0, "rank_weight": 1.0, "accumulate": 1} | train
-    settings = {"pack_judging": ()} | settings
+    settings = {
+        "rank_loss": "llm_rank",
+        "help_margin": 0.0,
+        "rank_weight": 1.0,
+        "accumulate": 1,
+        "judge_decay": 0.0,
+    } | train
+    settings = {"pack": ()} | settings
     return StepSpec(
         retriever=RETRIEVER,
         llama=LLAMA,
@@ -148,11 +155,12 @@ def slow_loss(made: StepSpec, halves: dict[str, Any], of: dict[str, np.ndarray],
 
     sampled = sorted(there, key=lambda k: -(score[k] + float(b["gumbel_BxK"][k])))[:M]
     alone = {k: nll([k]) for k in sampled}
+    middle = statistics.median(alone.values())
     terms, differing = [], 0
     for i, first in enumerate(sampled):
         for second in sampled[i + 1 :]:
             differing += alone[first] != alone[second]
-            if abs(alone[first] - alone[second]) > made.tie_margin:
+            if made.help_margin == 0 or min(alone[first], alone[second]) < middle - made.help_margin:
                 sign = 1 if alone[first] < alone[second] else -1
                 terms.append(math.log1p(math.exp(-sign * (score[first] - score[second]))))
     best = sorted(there, key=lambda k: -score[k])[:N]

@@ -88,7 +88,7 @@ def test_a_damaged_record_is_refused(recipe, damage):
     record = recipe.folder / RECORD
     found = json.loads(record.read_text())
     found["keys"]["train.steps"] = 5
-    texts = {"edited": json.dumps(found), "version": record.read_text().replace('"format": 1', '"format": 0')}
+    texts = {"edited": json.dumps(found), "version": record.read_text().replace('"format": 2', '"format": 1')}
     record.write_text(texts.get(damage, damage))
     with pytest.raises(ArtifactError, match=r"made_from.json: .*remove .* to make it again"):
         changes(recipe)
@@ -125,7 +125,7 @@ def recipes(tmp_path, **update):
         ("eval__max_questions", 3, {"evaluation"}),
         ("eval__hit_at", "[1]", {"evaluation"}),
         ("train__steps", 3, {"jmlr", "closed_book", "frozen"}),
-        ("train__tie_margin", 0.5, {"jmlr"}),
+        ("train__help_margin", 0.5, {"jmlr"}),
         ("train__retriever__learning_rate", 0.5, {"jmlr"}),
         ("train__read_passages", 2, {"jmlr", "frozen", "evaluation"}),
         ("train__warmup__rename", 0.5, {"warmup"}),

@@ -53,6 +53,7 @@ def test_weights_have_the_shapes_of_the_model() -> None:
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, F.abstract_params(cfg))
 
 
+@pytest.mark.exhaustive
 def test_gradient_does_not_depend_on_remat() -> None:
     cfg = BertConfig(vocab_size=V, num_layers=2)
     params = F.init_bert(cfg, jax.random.key(0))

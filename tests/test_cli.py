@@ -34,6 +34,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         "jmlr_jax.commands.compare": ("run",),
         "jmlr_jax.commands.export": ("export_run",),
         "jmlr_jax.commands.search": ("run_search",),
+        "jmlr_jax.commands.ask": ("run_ask",),
+        "jmlr_jax.serving.server": ("Settings", "run_server"),
         "jmlr_jax.planning.report": ("run",),
     }
     for module_name, names in functions.items():
@@ -62,7 +64,7 @@ def test_each_command_calls_its_function(
     assert index[1:] == (config,)
     assert train[1:] == (config, "jmlr")
     assert evaluate[1:] == (config, config.eval.arms)
-    assert report[1:] == (config,)
+    assert report[1:] == (config, None)
     assert run_all[1:] == (config, 1)
     assert capsys.readouterr().out.splitlines()[-1] == run_dir
 

@@ -62,7 +62,7 @@ def test_optional_sections_go_on_and_off() -> None:
     assert load(None).retriever.lora is None
     adapters = load(None, ["retriever.lora={}", "retriever.lora.targets=[q, v]"]).retriever.lora
     assert adapters is not None and adapters.targets == ("q", "v") and adapters.whole == ("projection",)
-    with pytest.raises(ConfigError, match=r"retriever\.lora\.targets.*'q', 'k', 'v', 'o', 'up' or 'down'"):
+    with pytest.raises(ConfigError, match=r"retriever\.lora\.targets.*'q', 'k', 'v', 'qkv', 'o', 'up' or 'down'"):
         load(None, ["retriever.lora.targets=[q, gate]"])
 
 

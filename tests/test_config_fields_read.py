@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
-from functools import partial
+from functools import _lru_cache_wrapper, partial
 from typing import Any, get_args
 
 import jax
@@ -15,13 +16,14 @@ from runs import one_device, tiny_config
 from jmlr_jax import config as schema
 from jmlr_jax.commands import pipeline
 from jmlr_jax.config import Config
-from jmlr_jax.config_models import LlamaConfig, RopeScalingConfig, Strict
+from jmlr_jax.config_models import BertConfig, GeneratorConfig, LlamaConfig, RopeScalingConfig, Strict
+from jmlr_jax.data.chat import layout
 from jmlr_jax.data.sources import read_sources
-from jmlr_jax.nn.functional import abstract_params, llama_hidden
+from jmlr_jax.data.tokenizers import TokenizerError, generator_ids, load_tokenizer, train_generator_tokenizer
+from jmlr_jax.nn.functional import abstract_params, bert_hidden, llama_hidden
 from jmlr_jax.planning.plan import make_plan
 from jmlr_jax.planning.programs import PlanError
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 Read = tuple[str, str]  # class of a section, name of a field
 
 
@@ -32,6 +34,9 @@ def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Rea
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 yield from _fields(kind, f"{prefix}{name}.")
+
+
+pytestmark = pytest.mark.exhaustive  # what is read is found by running everything
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +51,7 @@ def reads(tmp_path_factory: pytest.TempPathFactory) -> set[Read]:
             found.add((type(self).__name__, name))
         return plain(self, name)
 
+    _forget()
     configured = {name: tiny_config(tmp_path_factory.mktemp(name)) for name in ("whole", "adapters")}
     with pytest.MonkeyPatch.context() as monkeypatch:
         one_device(monkeypatch)
@@ -53,10 +59,19 @@ def reads(tmp_path_factory: pytest.TempPathFactory) -> set[Read]:
         _whole(configured["whole"])
         _adapters(configured["adapters"])
         _shapes()
+        _chat(tmp_path_factory.mktemp("chat"))
         _files(tmp_path_factory.mktemp("files"))
         with pytest.raises(PlanError, match="nowhere"):
             make_plan(Config(mesh=schema.MeshConfig(topology="nowhere:2x2")), None)
     return found
+
+
+def _forget() -> None:
+    """Empties the caches of programs and shapes: what an earlier test made of equal sections is not read again."""
+    jax.clear_caches()
+    for cached in [found for found in gc.get_objects() if isinstance(found, _lru_cache_wrapper)]:
+        if (cached.__module__ or "").startswith("jmlr_jax"):
+            cached.cache_clear()
 
 
 def _changed(cfg: Config, **sections: dict[str, Any]) -> Config:
@@ -86,9 +101,25 @@ def _shapes() -> None:
     """What only some decoders have, by shape alone."""
     for kind in ("linear", "dynamic", "llama3", "yarn"):
         scaling = RopeScalingConfig(type=kind, factor=2.0, original_max_positions=8)
-        llama = LlamaConfig(vocab_size=8, rope_scaling=scaling, qkv_bias=True, qk_norm=True, sliding_window=4)
+        kinds = {
+            "sliding_window": 4,
+            "layer_kinds": ("window", "full"),
+            "window_rope_theta": 9.0,
+            "rope_scaling": scaling,
+        }
+        llama = LlamaConfig(vocab_size=8, qkv_bias=True, qk_norm=True, block="gemma", query_pre_attn_scalar=3, **kinds)
         tokens, length = jax.ShapeDtypeStruct((1, 16), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
         jax.eval_shape(partial(llama_hidden, cfg=llama), abstract_params(llama), tokens_BxT=tokens, length_B=length)
+        bert = BertConfig(vocab_size=8, block="modernbert", num_layers=2, **kinds)
+        jax.eval_shape(partial(bert_hidden, cfg=bert), abstract_params(bert), ids_BxT=tokens, length_B=length)
+
+
+def _chat(folder: Any) -> None:
+    """A prompt through a template that a tokenizer here has none of."""
+    train_generator_tokenizer(["abc"], 300, str(folder))
+    tokenizer = load_tokenizer(str(folder))
+    with pytest.raises(TokenizerError, match="no chat template"):
+        layout(generator_ids(tokenizer), tokenizer, GeneratorConfig(chat=True, system="a"))
 
 
 def _files(folder: Any) -> None:

@@ -27,12 +27,15 @@ NOT_RUN = [
     (r"", "inline", r"", "named in a sentence or a table: parsed and resolved"),
     (r"README|CONTRIBUTING", "block", r"^bash tpu_scripts/test\.sh", "is what runs this test"),
     (r"configs/(smoke|own_small)", "header", r"", "run whole in test_presets.py"),
-    (r"configs/medquad_cpu", "header", r"", "hours; prepared in test_presets.py, and its programs traced there"),
+    (r"configs/medquad_smollm", "header", r"", "hours; prepared in test_presets.py, and its programs traced there"),
     (r"configs/", "header", r"--run-dir /mnt/jmlr/", "a TPU slice and models of 7B and 13B; traced in test_presets.py"),
     (r"docs/tpu", "block", r"launch\.sh", "a TPU slice; dry runs in test_scripts.py"),
     (r"docs/tpu", "block", r"--distributed", "several processes: test_multiprocess.py"),
     (r"docs/huggingface", "block", r"Llama-2-7b-hf", "a model of 7B; exchange is run in test_hf_publish.py"),
     (r"docs/huggingface", "block", r"\.gguf", "a package of its own: test_gguf_parity.py"),
+    (r"--help", "help", r"^jmlr serve", "a server: test_serve.py"),
+    (r"docs/serve", "block", r"", "a server, and what asks the run of the tutorial: test_serve.py, test_answering.py"),
+    (r"docs/suites", "block", r"", "published files of questions: test_suites.py"),
     (r"--help", "help", r"^jmlr compare", "two runs of the same questions: test_compare.py"),
     (r"--help", "help", r"^jmlr plan", "compiles a 7B model for minutes; a small one in test_plan.py"),
 ]
@@ -82,7 +85,7 @@ def test_the_collector_finds_what_there_is() -> None:
     """Blocks, continued lines, comments, sentences, tables, headers and help, each known by one that is there."""
     found = {(c.where, c.kind, c.text) for c in FOUND}
     assert any(c.kind == "block" and c.text.startswith("bash tpu_scripts/test.sh") for c in FOUND)
-    assert ("README.md", "inline", "jmlr plan --config jmlr_7b_v5e16") in found
+    assert ("README.md", "inline", "jmlr plan --config paper_7b_v5e16") in found
     assert ("configs/smoke.yaml", "header", "jmlr run --config smoke --run-dir runs/smoke") in found
     assert ("jmlr --help", "help", "jmlr run") in found
     long = next(c for c in FOUND if c.where == "README.md" and "own_small" in c.text)
@@ -136,30 +139,24 @@ def test_every_exception_is_needed() -> None:
 @pytest.mark.parametrize(
     "where",
     [
-        pytest.param(where, marks=pytest.mark.exhaustive) if where.startswith("jmlr ") else where
+        pytest.param(where, marks=pytest.mark.exhaustive)
         for where in sorted(where for where, commands in RUN.items() if commands)
     ],
 )
-def test_they_run_in_their_order(where: str, shared_data: Path, tmp_path: Path, compiled: Path) -> None:
+def test_they_run_in_their_order(where: str, shared_data: Path, tmp_path: Path) -> None:
     lay_out(tmp_path, shared_data)
     lines = [made_small(command.jmlr) for command in RUN[where] if command.jmlr is not None]
     assert len(lines) == len(RUN[where]), "not a call of jmlr: give a reason in NOT_RUN"
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps(lines)],
         cwd=tmp_path,
-        env=environment(compiled),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert done.stdout.count("$ jmlr") == len(lines)
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of compilations for all places."""
-    return tmp_path_factory.mktemp("compiled")
 
 
 def made_small(words: list[str]) -> list[str]:

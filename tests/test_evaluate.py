@@ -1,12 +1,12 @@
 """Evaluation against one-question-at-a-time brute force on a tiny model, and the summary of its rows."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 from evaluations import brute_nll, full_logits, prompt_ids, small_setting
 
 from jmlr_jax.config import MeshConfig
@@ -20,8 +20,6 @@ from jmlr_jax.method.prompt import read_prompt, reading_width
 from jmlr_jax.nn.functional import abstract_params, logical_axes
 from jmlr_jax.nn.lora import bind, init_lora
 from jmlr_jax.parallel.sharding import ShardingError, make_mesh, shardings
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +98,10 @@ def test_batch_size_and_sharding_do_not_matter_and_adapters_do(setting, result):
 
 def test_a_prompt_is_as_wide_as_its_pieces_can_reach():
     batch = {"reader_ids_BxKxL": jnp.zeros((2, 3, 5), int), "question_ids_BxS": jnp.zeros((2, 7), int)}
-    assert reading_width(batch, 100, 2) == 1 + 3 * 5 + 7 + 2
-    assert reading_width(batch, 20, 2) == 20
+    assert reading_width(batch, 100, 2, 1) == 1 + 3 * 5 + 7 + 2
+    assert reading_width(batch, 20, 2, 1) == 20
     batch["reader_ids_BxKxL"] = batch["reader_ids_BxKxL"][:, :0]
-    assert reading_width(batch, 100, 2) == 1 + 7 + 2
+    assert reading_width(batch, 100, 2, 1) == 1 + 7 + 2
 
 
 @pytest.mark.parametrize("arm", ["jmlr", "closed_book"])
@@ -126,13 +124,13 @@ def test_padding_beyond_what_can_be_read_is_left_out_and_changes_nothing(setting
     assert len(batches) == 2
     for (batch, static), narrow in zip(batches, found, strict=True):
         assert batch["reader_ids_BxKxL"].shape == (4, read, 48) and static["max_length"] == 256
-        assert reading_width(batch, 256, 12) == 1 + read * 48 + 64 + 12 < 256
+        assert reading_width(batch, 256, 12, 1) == 1 + read * 48 + 64 + 12 < 256
         empty = ((0, 0), (0, 5 - read))
         wide = batch | {
             "reader_ids_BxKxL": np.pad(batch["reader_ids_BxKxL"], (*empty, (0, 0))),
             "reader_len_BxK": np.pad(batch["reader_len_BxK"], empty),
         }
-        assert reading_width(wide, 256, 12) == 256
+        assert reading_width(wide, 256, 12, 1) == 256
         for name, value in compiled(reader.params, reader.adapters, wide, **static).items():
             rtol = 1e-4 if name == "nll" else 0
             np.testing.assert_allclose(narrow[name], value, rtol=rtol, atol=0, err_msg=name)
@@ -180,7 +178,7 @@ def test_summary_of_rows(result):
 def test_saved_files_are_what_the_report_reads(result, tmp_path):
     result.save(tmp_path / "eval" / "test" / "jmlr")
     assert not list((tmp_path / "eval").rglob(".*"))
-    report = summarise([read_run(epath.Path(tmp_path), "run", "test")], resamples=200)
+    report = summarise([read_run(Path(tmp_path), "run", "test")], resamples=200)
     arm = report["arms"]["jmlr"]
     for key in ("accuracy", "low", "high", "n"):
         assert arm[key] == pytest.approx(result.summary[key])

@@ -1,10 +1,10 @@
 """What a report says of effects, trust and cost, on made-up runs."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from etils import epath
 from made_runs import EVIL, made_rows, write_arm, write_questions, write_rest
 
 from jmlr_jax.evaluation.calibration import calibration_error, fit_temperature, options_of, sureness
@@ -31,7 +31,7 @@ def two_seeds(root, arms=("jmlr", "closed_book")):
 
 
 def runs_of(root):
-    return [read_run(folder, folder.name, "test") for folder in seed_folders(epath.Path(root))]
+    return [read_run(folder, folder.name, "test") for folder in seed_folders(Path(root))]
 
 
 def rows_of(root, seed, arm):
@@ -110,12 +110,12 @@ def test_dev_of_other_weights_calibrates_nothing(tmp_path):
         made = Recipe(tmp_path / "eval" / split / "jmlr", {"eval.max_questions": len(split)}, {"arms/jmlr": split})
         made.write()
     (tmp_path / "config.yaml").write_text("eval: {arms: [jmlr]}")
-    run = read_run(epath.Path(tmp_path), "run", "test")
+    run = read_run(Path(tmp_path), "run", "test")
     assert run.dev == {} and any("dev/jmlr (arms/jmlr differ" in line for line in run.missing)
     probed = {"eval.max_questions": 3, "retriever.dim": 8}  # the dev evaluation has a probe that reads more
     Recipe(tmp_path / "eval" / "dev" / "jmlr", probed, {"arms/jmlr": "test"}).write()
-    assert len(read_run(epath.Path(tmp_path), "run", "test").dev["jmlr"]) == 20
-    assert read_run(epath.Path(tmp_path), "run", "dev").dev == {}
+    assert len(read_run(Path(tmp_path), "run", "test").dev["jmlr"]) == 20
+    assert read_run(Path(tmp_path), "run", "dev").dev == {}
 
 
 def test_probes_are_shown(tmp_path):

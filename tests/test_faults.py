@@ -36,8 +36,6 @@ from jmlr_jax.training.checkpoint import Checkpoints
 from jmlr_jax.training.loop import train_phase
 from jmlr_jax.training.optimizer import GroupError, labels, make_optimizer, trainable_counts
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def test_fault_01_each_half_trains_at_its_own_rate() -> None:
     """The two rates were exchanged and matched by a prefix no weight had, so one rate served everything."""

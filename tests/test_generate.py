@@ -104,6 +104,7 @@ def test_sliding_window_with_cache(model: tuple) -> None:
         assert tokens[row].tolist() == recomputed(params, narrow, row, V)
 
 
+@pytest.mark.exhaustive
 def test_adapters_generate_as_merged_weights_do(model: tuple) -> None:
     _, cfg, params = model
     lora = LoraConfig(rank=4, alpha=8)

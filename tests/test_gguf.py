@@ -168,7 +168,7 @@ def refused(file: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"general.architecture": "gemma3"}, "general.architecture is 'gemma3'; read here are llama: import"),
+        ({"general.architecture": "gemma2"}, "general.architecture is 'gemma2'; read here are llama, gemma3: import"),
         ({"general.type": "adapter"}, "general.type is 'adapter'; only a model"),
         ({"split.count": 2}, "one of the 2 parts of a split model (split.count); join them"),
         ({"llama.block_count": None}, "llama.block_count is missing"),

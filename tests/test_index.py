@@ -199,6 +199,7 @@ def test_a_target_out_of_reach_is_owned_up_to():
     assert index.card.ann_recall["10"] < 0.999
 
 
+@pytest.mark.exhaustive
 def test_a_tree_is_tuned_in_both_directions(monkeypatch):
     monkeypatch.setattr(scann, "settings", lambda passages: ScannSettings(32, 4, True))
     vectors, q = clustered(1500, 30)

@@ -284,6 +284,7 @@ KILLED_WHILE_BUILDING = """
 """
 
 
+@pytest.mark.exhaustive
 def test_kill_9_while_an_index_is_built(saved):
     """Whatever it was doing, the index that was there answers as before, and the next build goes through."""
     _, q = clustered(90, 2, seed=9)

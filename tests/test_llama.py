@@ -14,7 +14,6 @@ import transformers
 from jmlr_jax.config_models import LlamaConfig
 from jmlr_jax.nn import functional as F
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 llama_hidden = jax.jit(F.llama_hidden, static_argnums=1)
 llama_logits = jax.jit(F.llama_logits, static_argnums=1)
 llama_cached = jax.jit(F.llama_cached, static_argnums=1)

@@ -113,6 +113,20 @@ def test_ties_are_weightless():
     assert llm_rank_loss(score[:, shuffled], one_better[:, shuffled], taken)[0] == pytest.approx(expected, rel=1e-6)
 
 
+def test_with_a_margin_a_pair_counts_where_its_better_passage_helps():
+    """Of five passages two lie below the median, 1.0, one of them by more than 0.5; that another misleads most is no
+    reason to prefer the rest to it. The divisor stays the number of pairs that differ. A slot without a passage does
+    not move the median."""
+    nll = jnp.array([[1.0, 0.2, 0.6, 3.0, 1.0, -9.0]])
+    taken = jnp.array([[True] * 5 + [False]])
+    score = jnp.array([[0.0, -1.0, 0.5, 1.0, -0.5, 0.0]])
+    helping = np.log1p(np.exp(-(-1.0 - np.array([0.0, 0.5, 1.0, -0.5]))))
+    assert llm_rank_loss(score, nll, taken, 0.5)[0] == pytest.approx(helping.sum() / 9, rel=1e-6)
+    gradient = jax.grad(lambda s: llm_rank_loss(s, nll, taken, 0.5).sum())(score)[0]
+    assert gradient[1] < 0 < gradient[0] and gradient[5] == 0
+    assert llm_rank_loss(score, nll, taken, 0.9)[0] == 0 and pair_accuracy(score, nll, taken, 0.5) == 0
+
+
 def test_extreme_values_stay_finite():
     score, nll = jnp.array([[1e4, -1e4, 0.0]]), jnp.array([[300.0, 0.0, 1.0]])
     for loss in RANK_LOSSES.values():

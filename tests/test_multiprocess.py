@@ -22,9 +22,11 @@ from jmlr_jax.parallel.sharding import make_mesh
 from jmlr_jax.run import open as run_module
 from jmlr_jax.run.open import Run
 
+pytestmark = pytest.mark.exhaustive
+
 STEPS = 20
 TRAIN = {"steps": STEPS, "refresh_steps": 5, "refresh_delay": 2, "checkpoint_steps": 4, "warmup": {"steps": 3}}
-TRAIN |= {"tie_margin": 0.0}  # to a reader that has learned nothing every difference is small
+TRAIN |= {"help_margin": 0.0}  # to a reader that has learned nothing every difference is small
 # Losses of the same program over the same devices, whoever owns them; over one device or four, sums take other orders.
 SAME_DEVICES, OTHER_DEVICES = 1e-5, 2e-3
 
@@ -54,22 +56,17 @@ def assert_close(one, other, tolerance):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory, cache):
+def two(tmp_path_factory):
     """`jmlr run` by two processes, from preparation to report."""
     root = tmp_path_factory.mktemp("two")
     _, words = configured(root, ("jmlr", "frozen"))
-    with Job(root, cache, 2, "run", *words) as job:
+    with Job(root, 2, "run", *words) as job:
         job.succeeds()
     return root
 
 
 @pytest.fixture(scope="module")
-def one(two, tmp_path_factory, quick_compile):
+def one(two, tmp_path_factory):
     """The same by one process with two devices, on the same data."""
     root = tmp_path_factory.mktemp("one")
     shutil.copytree(two / "seed_0" / "data", root / "seed_0" / "data")
@@ -105,15 +102,14 @@ def test_each_process_indexed_its_shard_of_the_corpus(two):
         assert cards[0]["corpus_fingerprint"] != cards[1]["corpus_fingerprint"]
 
 
-@pytest.mark.exhaustive
-def test_any_number_of_processes_can_ask_their_index(one, two, cache, tmp_path, capsys, monkeypatch):
+def test_any_number_of_processes_can_ask_their_index(one, two, tmp_path, capsys, monkeypatch):
     """Two processes ask the shards of two, one asks both, and one asks the whole index of one process."""
     question = Prepared.open(one / "seed_0" / "data").questions("test")[0].question
 
     def words(root, name):
         return "search", question, "--run-dir", str(root / "seed_0"), "--k", "7", "--trec", str(tmp_path / name)
 
-    with Job(tmp_path, cache, 2, *words(two, "by two")) as job:
+    with Job(tmp_path, 2, *words(two, "by two")) as job:
         job.succeeds()
     first, second = job.last_words()
     assert "\n7. " in first and "\n7. " not in second, "process 0 speaks for all"
@@ -137,7 +133,7 @@ def test_their_evaluation_and_report_are_those_of_one_process(one, two):
 
 
 @pytest.fixture(scope="module")
-def killed(two, tmp_path_factory, cache):
+def killed(two, tmp_path_factory):
     """A run of two processes: one got SIGTERM; started again, one was killed. Directory, and what was seen."""
     root = tmp_path_factory.mktemp("killed")
     shutil.copytree(two / "seed_0" / "data", root / "seed_0" / "data")
@@ -149,7 +145,7 @@ def killed(two, tmp_path_factory, cache):
 
     for name, number in (("stopped", signal.SIGTERM), ("killed", signal.SIGKILL)):
         known = max(saved(), default=0)
-        with Job(root / name, cache, 2, "train", *words, "--run-dir", str(root / "seed_0")) as job:
+        with Job(root / name, 2, "train", *words, "--run-dir", str(root / "seed_0")) as job:
             job.until(lambda known=known: max(saved(), default=0) > known)
             job.processes[1].send_signal(number)
             statuses = job.statuses()
@@ -157,7 +153,6 @@ def killed(two, tmp_path_factory, cache):
     return root, seen
 
 
-@pytest.mark.exhaustive
 def test_sigterm_to_one_stops_all_after_the_same_step(killed):
     statuses, said, last = killed[1]["stopped"]
     assert statuses == [2, 2], said
@@ -165,7 +160,6 @@ def test_sigterm_to_one_stops_all_after_the_same_step(killed):
         assert f"jmlr: SIGTERM: jmlr saved at step {last} of {STEPS}; the same command continues" in text
 
 
-@pytest.mark.exhaustive
 def test_a_killed_process_ends_the_job_with_a_clear_message(killed):
     statuses, said, _ = killed[1]["killed"]
     assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, None), said
@@ -174,16 +168,15 @@ def test_a_killed_process_ends_the_job_with_a_clear_message(killed):
         assert "Start the same command in all processes again" in text
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize("count", [2, 4])
-def test_started_again_it_continues(killed, two, tmp_path, cache, count):
+def test_started_again_it_continues(killed, two, tmp_path, count):
     """By as many processes to the very bytes of the uninterrupted run; by more of them, to the same losses."""
     shutil.copytree(killed[0] / "seed_0", tmp_path / "seed_0")
     _, words = configured(tmp_path)
     assert len(rows(tmp_path / "seed_0")) < len(rows(two / "seed_0"))
     # With four, pairs of processes hold the same questions and half of the generator each.
     mesh = () if count == 2 else ("mesh.data=2", "mesh.fsdp=1", "mesh.tensor=2")
-    with Job(tmp_path, cache, count, "run", *words, *mesh) as job:
+    with Job(tmp_path, count, "run", *words, *mesh) as job:
         job.succeeds()
     name = "seed_0/arms/jmlr/metrics.jsonl"
     if count == 2:
@@ -192,8 +185,7 @@ def test_started_again_it_continues(killed, two, tmp_path, cache, count):
     assert json.loads((tmp_path / "report.json").read_text())["missing"] == []
 
 
-@pytest.mark.exhaustive
-def test_one_process_continues_what_two_have_saved(killed, two, tmp_path, monkeypatch, quick_compile):
+def test_one_process_continues_what_two_have_saved(killed, two, tmp_path, monkeypatch):
     shutil.copytree(killed[0] / "seed_0", tmp_path / "seed_0")
     over(monkeypatch, 1)
     config, _ = configured(tmp_path)

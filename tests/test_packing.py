@@ -19,8 +19,6 @@ from jmlr_jax.nn.lora import bind, init_lora
 from jmlr_jax.nn.packing import Packing, fullest, in_fewest_places
 from jmlr_jax.parallel import sharding
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 KEY = jax.random.key(0)
 V, T = 32, 12
 LENGTHS = np.array([3, 12, 0, 5, 1, 7, 4, 2], np.int32)  # 34 of 96
@@ -45,7 +43,11 @@ def test_tokens_move_there_and_back() -> None:
     assert packing.number_GxF()[0, :5].tolist() == [0, 1, 8, 9, 10]
 
 
-@pytest.mark.parametrize("more", [{}, {"sliding_window": 3, "rope_scaling": SCALED}], ids=["plain", "window and rope"])
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param({}, marks=pytest.mark.exhaustive), {"sliding_window": 3, "rope_scaling": SCALED}],
+    ids=["plain", "window and rope"],
+)
 def test_the_decoder_on_packed_rows(more: dict[str, Any]) -> None:
     """Hidden states and the gradients of weights and adapters, with the same entries dropped."""
     cfg = PLAIN.model_copy(update=more)
@@ -83,11 +85,19 @@ def test_the_fewest_places_that_hold_the_tokens_are_taken() -> None:
     assert chosen(jnp.full(8, 1), ()) == 0 and chosen(jnp.full(8, 1), (1.0,)) == 0
 
 
-@pytest.mark.parametrize("fraction", [0.75, 1.0])
-@pytest.mark.parametrize("settings", [{}, {"max_length": 13}, {"lora": LORA}], ids=["room", "dropped", "adapters"])
-def test_a_joint_loss_with_packed_judging(settings: dict[str, Any], fraction: float) -> None:
-    """Equal losses and gradients, also where passages are dropped and questions have fewer than M candidates; at 1.0
-    the tokens fit."""
+@pytest.mark.parametrize("fraction", [0.75, pytest.param(1.0, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, marks=pytest.mark.exhaustive),
+        pytest.param({"max_length": 13}, marks=pytest.mark.exhaustive),
+        {"lora": LORA},
+    ],
+    ids=["room", "dropped", "adapters"],
+)
+def test_a_packed_joint_loss(settings: dict[str, Any], fraction: float) -> None:
+    """Equal losses and gradients of judging and reading, with the same entries dropped, also where passages are dropped
+    and questions have fewer than M candidates; at 1.0 the tokens fit."""
     of = batch(8)
     assert (of["valid_BxK"].sum(1) < M).any()
     params, still = weights(), frozen()
@@ -95,7 +105,7 @@ def test_a_joint_loss_with_packed_judging(settings: dict[str, Any], fraction: fl
         params, still = params | {"generator": adapters()}, still | {"base": params["generator"]}
 
     def losses(pack: tuple[float, ...]) -> Any:
-        made = spec(**settings, pack_judging=pack, rank_loss="kl")
+        made = spec(**settings, pack=pack, rank_loss="kl")
         return jax.jit(jax.value_and_grad(partial(joint_loss, spec=made), has_aux=True))(params, still, of, KEY)
 
     (loss, metrics), gradients = losses(())
@@ -103,6 +113,7 @@ def test_a_joint_loss_with_packed_judging(settings: dict[str, Any], fraction: fl
     assert metrics["loss/rank"] > 0
 
 
+@pytest.mark.exhaustive
 def test_packed_judging_on_eight_devices() -> None:
     """Each of the four that share the rows packs its own: the same numbers, and no token travels for it."""
     of = {k: jnp.asarray(v) for k, v in batch(8).items() if k != "gumbel_BxK"}
@@ -116,7 +127,7 @@ def test_packed_judging_on_eight_devices() -> None:
         rows = sharding.batch_sharding(mesh)
         placed = having | jax.device_put({name: having[name] for name in axes}, layout)
         arguments = placed, *jax.device_put((of, index, taken), rows)
-        compiled = jax.jit(partial(judge, spec(pack_judging=(0.9,)))).lower(*arguments).compile()
+        compiled = jax.jit(partial(judge, spec(pack=(0.9,)))).lower(*arguments).compile()
         np.testing.assert_allclose(compiled(*arguments), padded, rtol=1e-5)
 
         def travelling(places: int | None) -> int:

@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from runs import one_device, tiny_config
+from runs import tiny_config
 
 from jmlr_jax.commands import pipeline
 from jmlr_jax.run import index as tables
@@ -13,8 +13,6 @@ from jmlr_jax.run.artifact import ArtifactError
 from jmlr_jax.run.open import Run
 from jmlr_jax.run.weights import retriever_of
 from jmlr_jax.training import loop as train
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ARMS = ["jmlr", "frozen", "separate", "bm25", "random", "closed_book"]
 SHORT = {
@@ -25,13 +23,6 @@ SHORT = {
     "dev_questions": 0,
     "warmup": {"steps": 2},
 }
-
-
-@pytest.fixture(scope="module")
-def patch():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        one_device(monkeypatch)
-        yield monkeypatch
 
 
 @pytest.fixture(scope="module")

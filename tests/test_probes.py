@@ -13,8 +13,6 @@ from jmlr_jax.data.tokenizers import encoder, load_tokenizer
 from jmlr_jax.evaluation.evaluate import evaluate_arm, is_right
 from jmlr_jax.evaluation.probes import Judged, conditions, orders, passages_alone, pooled
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):

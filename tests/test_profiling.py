@@ -5,10 +5,12 @@ import signal
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from jmlr_jax.training.profiling import STEPS, tracer
 
 
+@pytest.mark.exhaustive
 def test_a_signal_traces_the_next_steps(tmp_path):
     before = signal.getsignal(signal.SIGUSR1)
     started = []

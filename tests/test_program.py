@@ -19,11 +19,9 @@ from jmlr_jax.planning.programs import step_program
 from jmlr_jax.run.open import Run
 from jmlr_jax.run.phases import PHASES
 from jmlr_jax.run.weights import phase_steps, phase_weights, retriever_of
-from jmlr_jax.training import loop
+from jmlr_jax.training import loop, warmup
 from jmlr_jax.training.loop import train_phase
 from jmlr_jax.training.program import PhaseProgram, divide, phase_program
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 QUIET = Console(quiet=True)
 SHORT = {"steps": 2, "checkpoint_steps": 2, "refresh_steps": 0, "dev_questions": 4}
@@ -118,6 +116,7 @@ def copies() -> int:
     return sum(x.shape == (1, 16, WIDE) for x in jax.live_arrays()) // 2  # gate and up
 
 
+@pytest.mark.exhaustive
 def test_the_frozen_base_lies_on_the_devices_once(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a phase trains, between phases, and while an arm is evaluated."""
     run, seen = opened(train=SHORT | {"warmup": {"steps": 1}}, generator=ADAPTERS, eval={"arms": ["bm25"]}), []
@@ -130,10 +129,11 @@ def test_the_frozen_base_lies_on_the_devices_once(opened: Any, monkeypatch: pyte
         return counting
 
     assert copies() == 0
-    monkeypatch.setattr(loop, "assemble", counted("training", loop.assemble))
+    for module in (warmup, loop):
+        monkeypatch.setattr(module, "assemble", counted("training", module.assemble))
     for name in ("warmup", "jmlr"):
         train_phase(run, PHASES[name], QUIET)
-    assert len(seen) > 3 and set(seen) == {("training", 1)}
+    assert len(seen) == 3 and set(seen) == {("training", 1)}
     kept = phase_weights(run, PHASES["bm25"]), retriever_of(run, None), run.initial_weights()
     assert copies() == 1
     train_phase(run, PHASES["bm25"], QUIET)
@@ -147,6 +147,7 @@ def test_the_frozen_base_lies_on_the_devices_once(opened: Any, monkeypatch: pyte
     assert {name for name, _ in seen} == {"evaluation", "retrieval"} and {count for _, count in seen} == {1}
 
 
+@pytest.mark.exhaustive
 def test_a_phase_does_not_give_away_the_weights_it_begins_with(opened: Any) -> None:
     """The step donates its state; the next phase begins with the same weights all the same."""
     run = opened(train=SHORT)

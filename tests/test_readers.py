@@ -285,3 +285,10 @@ def test_question_record_checks_itself():
     with pytest.raises(FieldError, match="answer"):
         Question("1", "q?", ("a", "b"), "a", 1)
     assert Question("1", "q?", ("a", "b"), "b", 1).letter == "B"
+
+
+@pytest.mark.parametrize("form", ["pubmedqa", "mirage"])
+def test_a_number_of_thousands_of_digits_is_a_bad_file(tmp_path: Path, form: str) -> None:
+    (tmp_path / "a.json").write_text('{"1": {"QUESTION": ' + "9" * 5000 + "}}")
+    with pytest.raises(RecordError, match=r"a.json:1: field '\(file\)': expected one JSON object \(.*4300 digits"):
+        read_questions(form, str(tmp_path / "a.json"), "skip")

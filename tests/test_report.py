@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from etils import epath
 from made_runs import write_arm, write_rest
 
 from jmlr_jax.errors import JmlrError
@@ -102,7 +101,7 @@ def test_curves_come_from_both_files_and_the_warmup_stands_apart(tmp_path):
     write_arm(tmp_path, "jmlr", 0.8)
     (tmp_path / "arms" / "warmup").mkdir()
     (tmp_path / "arms" / "warmup" / "metrics.jsonl").write_text('{"step": 7, "loss/answer": 2.0}\n')
-    run = read_run(epath.Path(tmp_path), "run", "test")
+    run = read_run(tmp_path, "run", "test")
     jmlr = run.curves["jmlr"]
     assert jmlr["speed/tokens_per_s"] == [(10, 100.0)] and jmlr["dev/loss"] == [(20, 0.5)]
     assert len(jmlr["loss/answer"]) == 30

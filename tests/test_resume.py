@@ -20,8 +20,6 @@ from jmlr_jax.run.weights import load_weights
 from jmlr_jax.training import loop as module
 from jmlr_jax.training.loop import train_phase
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 class Killed(Exception):
     """Stands for the end of the process."""
@@ -72,6 +70,7 @@ def test_interrupted_in_the_loop(uninterrupted, tiny_data, tmp_path, monkeypatch
     assert_same_weights(weights, uninterrupted[1])
 
 
+@pytest.mark.exhaustive
 def test_interrupted_with_adapters_on_the_retriever(tiny_data, tmp_path, monkeypatch):
     one_device(monkeypatch)
     adapters = {"lora": {"rank": 2}}
@@ -107,7 +106,7 @@ class Command:
 
     def start(self) -> subprocess.Popen[str]:
         words = [sys.executable, "-m", "jmlr_jax", "train", "--run-dir", str(self.run_dir)]
-        env = environment(self.run_dir.parent / "compiled")
+        env = environment()
         return subprocess.Popen(words, env=env, text=True, stderr=subprocess.PIPE)
 
     def to_the_end(self) -> tuple[bytes, dict]:

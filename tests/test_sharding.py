@@ -80,7 +80,8 @@ def test_every_rule_names_mesh_axes_and_every_axis_in_use_has_a_rule() -> None:
         assert set((rule,) if isinstance(rule, str) else rule or ()) <= set(sharding.MESH_AXES)
     used = {"batch", "encoder_batch", "length", "hidden"}
     full = LLAMA.model_copy(update={"qkv_bias": True, "qk_norm": True})
-    for tree in (F.logical_axes(full), F.logical_axes(COLBERT), lora_axes(LoraConfig(), LLAMA)):
+    modern = COLBERT.bert.model_copy(update={"block": "modernbert"})
+    for tree in (F.logical_axes(full), F.logical_axes(COLBERT), F.logical_axes(modern), lora_axes(LoraConfig(), LLAMA)):
         for axes in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, tuple)):
             used |= set(axes)
     assert used == set(sharding.RULES)
@@ -132,6 +133,7 @@ def test_report_lists_large_arrays_that_are_whole_everywhere() -> None:
     assert sharding.replicated_report(alone, 1) == []
 
 
+@pytest.mark.exhaustive
 def test_sharded_gradients_equal_single_ones() -> None:
     """Loss and gradient of decoder and encoder together, on the mesh and on one device; weights start in place."""
     rng = np.random.default_rng(0)

@@ -45,6 +45,7 @@ def start(count, out):
     ]
 
 
+@pytest.mark.exhaustive
 def test_shards_answer_as_one_index(tmp_path):
     """Rows and scores alike, filtered too, and the same in every process; every passage is scored."""
     vectors, q = clustered(PASSAGES, QUESTIONS)

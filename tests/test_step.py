@@ -24,13 +24,12 @@ from jmlr_jax.method.step import (
     live_retriever,
     make_step,
     passages_to_read,
+    reading_prompt,
 )
 from jmlr_jax.nn import functional as F
 from jmlr_jax.nn import lora
 from jmlr_jax.parallel import sharding
 from jmlr_jax.training.optimizer import make_optimizer, state_shardings
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 KEY = jax.random.key(0)
 RATES = OptimizerConfig(learning_rate=1e-3), OptimizerConfig(learning_rate=3e-4)  # retriever, generator
@@ -71,7 +70,13 @@ def size(tree: Any) -> float:
 # ---------------------------------------------------------------- the loss
 
 
-@pytest.mark.parametrize("settings", [{}, {"tie_margin": 0.3, "max_length": 13, "rank_weight": 0.5}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, marks=pytest.mark.exhaustive),
+        {"help_margin": 0.3, "max_length": 13, "rank_weight": 0.5},
+    ],
+)
 def test_loss_equals_the_question_by_question_reference(settings: dict[str, Any]) -> None:
     """Fault 7 with it: the batch's loss is the mean over all its questions. The margin and the room both bite."""
     made, halves, of = spec(**settings), weights(), batch()
@@ -160,7 +165,8 @@ def test_judging_adds_the_adapters_to_the_base_as_reading_does() -> None:
     having = frozen() | {"base": weights()["generator"], "generator": adapters()}
     nll_Bx1 = jax.jit(partial(judge, spec(lora=LORA)))(having, of, index, taken)
     alone = jax.jit(choose)(of, index, taken)
-    nll_B, _ = jax.jit(lambda w, b: answer_losses(spec(lora=LORA), w, b, None))(having, alone)
+    made = spec(lora=LORA)
+    nll_B = jax.jit(lambda w, b: answer_losses(made, w, b, reading_prompt(made, b), None))(having, alone)
     np.testing.assert_allclose(nll_Bx1[:, 0], nll_B, rtol=1e-5)
     bare = jax.jit(partial(judge, spec()))({"generator": weights()["generator"]}, of, index, taken)
     assert np.abs(nll_Bx1 - bare).min() > 1e-3
@@ -181,6 +187,7 @@ def test_adapters_train_and_their_base_does_not() -> None:
     assert set(metrics) >= {"grad_norm/generator", "grad_norm/retriever"}
 
 
+@pytest.mark.exhaustive
 def test_the_retrievers_adapters_train_and_their_base_does_not() -> None:
     """At first the step is that of the base; then each adapter moves, the projection too, and nothing else: the plain
     weights that they make have the same loss."""
@@ -210,6 +217,7 @@ def test_the_retrievers_adapters_train_and_their_base_does_not() -> None:
 # ---------------------------------------------------------------- the compiled step
 
 
+@pytest.mark.exhaustive
 def test_accumulation_equals_the_full_batch() -> None:
     """Plain descent, so that the difference of the weights is the gradient; the questions differ in every length."""
     optimizer, of, results = optax.sgd(1.0), without_noise(batch()), {}

@@ -58,6 +58,9 @@ def test_fixed_tables_of_each_source(run, retriever, mesh):
         assert table.shape == (count, 3) and table.dtype == np.int32 and table.max() < passages, source
         again = fixed_table(run, source, "train", 3, retriever)
         np.testing.assert_array_equal(table, again)
+    some = fixed_table(run, "retriever", "train", 3, retriever, rows=ROWS)
+    np.testing.assert_array_equal(some[ROWS], made["retriever"][ROWS])
+    assert (some[len(ROWS) :] == -1).all(), "nobody reads these"
     assert (made["none"] == -1).all()
     assert all(len(set(row)) == 3 for row in made["random"].tolist())
     np.testing.assert_array_equal(made["bm25"], bm25_table(run, "train", 3))

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import yaml
 from processes import environment
+from rich.console import Group
+from rich.text import Text
 from runs import TINY
 
 from jmlr_jax.cli import main
@@ -35,7 +37,7 @@ OURS = (
     r"jmlr: training retriever [\d,]+, generator [\d,]+",
     r"training jmlr: .*",
     r"evaluating jmlr: .*",
-    r"encoding .*|tuning .*",  # on a slow machine
+    r"encoding .*|tuning .*|compiling: .*",  # on a slow machine
 )
 
 
@@ -65,7 +67,7 @@ def write_data(folder: Path) -> None:
 def test_a_whole_run_into_a_file_tells_of_every_stage_and_of_nothing_else(tmp_path):
     """Standard error is no terminal here, and its encoding holds no more than ASCII."""
     write_data(tmp_path)
-    env = environment(tmp_path / "cache") | {"PYTHONIOENCODING": "ascii"}
+    env = environment() | {"PYTHONIOENCODING": "ascii"}
     words = [sys.executable, "-c", WITHOUT_TORCH, "run", "--config", "small.yaml", "--run-dir", "out"]
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -95,6 +97,11 @@ def test_text_is_printed_as_it_stands(capsys):
     assert shown.err == f"{ODD} {'/a' * 100} 12\n" and shown.out == f"{ODD}\n"
 
 
+def test_text_does_not_steer_the_terminal(capsys):
+    distributed.console(out=True).print(Group(Text("a\x1b[2J\x9b31m b\nc"), "\x1b]0;title\x07"))
+    assert capsys.readouterr().out == "a\ufffd[2J\ufffd31m b\nc\n\ufffd]0;title\n"
+
+
 def test_scann_trains_in_silence(capfd):
     """Its logs come from C++; both kinds of an index of many passages log."""
     fde_NxF = np.random.default_rng(0).standard_normal((300, 16)).astype(np.float32)
@@ -110,3 +117,32 @@ def test_errors_of_other_libraries_are_shown():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "fault" in done.stderr and "noise" not in done.stderr
+
+
+def test_work_that_ends_after_a_refused_checkpoint_says_nothing():
+    """TensorStore's threads report what they cannot deliver as Python reports a failed `__del__`."""
+    code = (
+        "from jmlr_jax import chatter; chatter.hush()\n"
+        "class Late:\n"
+        "    def __init__(self, said): self.said = said\n"
+        "    def __del__(self): raise RuntimeError(self.said)\n"
+        "for said in ('Event loop is closed', 'fault'): Late(said)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [line for line in done.stderr.splitlines() if line.startswith("RuntimeError")] == ["RuntimeError: fault"]
+
+
+def test_orbax_prints_no_traceback_of_what_it_raises():
+    """On a full disk each of its threads does. Its other errors, and tracebacks of others, are shown."""
+    code = (
+        "from jmlr_jax import chatter; chatter.hush()\n"
+        "text = 'from absl import logging; logging.exception(said); logging.error(said + 2 * chr(33))'\n"
+        "for file in ('/x/orbax/checkpoint/future.py', '/x/grain/loader.py'):\n"
+        "    exec(compile(text, file, 'exec'), {'said': file})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [line.partition(":absl:")[2] for line in done.stderr.splitlines() if "absl" in line] == [
+        "/x/orbax/checkpoint/future.py!!",
+        "/x/grain/loader.py",
+        "/x/grain/loader.py!!",
+    ]

@@ -19,12 +19,11 @@ from jmlr_jax.run.open import DataError
 from jmlr_jax.run.phases import PHASES, chain
 from jmlr_jax.run.weights import load_weights, phase_weights, retriever_of
 from jmlr_jax.training import loop as module
+from jmlr_jax.training import probe
 from jmlr_jax.training.loop import TrainingStopped, train_phase
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 # No margin: to a reader that has learned nothing every difference is small.
-SHORT = {"steps": 4, "refresh_steps": 0, "checkpoint_steps": 2, "tie_margin": 0.0}
+SHORT = {"steps": 4, "refresh_steps": 0, "checkpoint_steps": 2, "help_margin": 0.0}
 
 
 @pytest.fixture
@@ -59,6 +58,7 @@ def test_phases_train_what_they_say_and_start_where_they_say(run):
     assert (run.directory / "timing.json").read_text() == before  # finished phases are left alone
 
 
+@pytest.mark.exhaustive
 def test_adapters_on_the_retriever(tiny_data, tmp_path, monkeypatch):
     """What the phase ends with, exported too, encodes as the adapters on their base do, and the table of words is the
     base's; the two-stage arm starts from it."""
@@ -113,8 +113,8 @@ def test_the_dev_loss_is_of_the_drawn_questions_each_once(tiny_data, tmp_path, m
         read.append((split, rows, table))
         return {"loss": rows.astype(float)}
 
-    monkeypatch.setattr(module, "assemble", assembled)
-    monkeypatch.setattr(module, "place_batch", lambda mesh, batch, held, size: batch)
+    monkeypatch.setattr(probe, "assemble", assembled)
+    monkeypatch.setattr(probe, "place_batch", lambda mesh, batch, held, size: batch)
     loop = SimpleNamespace(
         candidates=None,
         dev_table=run.dev_rows[:, None],

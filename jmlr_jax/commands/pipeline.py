@@ -13,15 +13,17 @@ from jmlr_jax.config import Config
 from jmlr_jax.data.prepare import prepare
 from jmlr_jax.evaluation.arms import evaluate_arms
 from jmlr_jax.evaluation.report import report
+from jmlr_jax.hf.follow import followed
 from jmlr_jax.parallel import distributed
 from jmlr_jax.parallel.distributed import gather, on_first
-from jmlr_jax.run.artifact import Recipe, artifact, refuse
+from jmlr_jax.run.artifact import Recipe, artifact, check_files, refuse
 from jmlr_jax.run.index import index_folder, keep_index
 from jmlr_jax.run.open import Run
 from jmlr_jax.run.phases import PHASES, chain
 from jmlr_jax.run.recipes import data_recipe
 from jmlr_jax.run.weights import INITIAL, is_trained, retriever_of
 from jmlr_jax.training.loop import train_phase
+from jmlr_jax.training.memory import ask_memory
 
 
 def prepare_data(cfg: Config, like: Path | None = None) -> None:
@@ -37,10 +39,13 @@ def prepare_data(cfg: Config, like: Path | None = None) -> None:
       ArtifactError: an arm was trained on data of other lengths, templates or tokenizers.
       InputError and others: see :func:`jmlr_jax.data.prepare.prepare`; the run is as it was.
     """
+    cfg = followed(cfg)
     console, folder = distributed.console(), Path(cfg.run_dir).absolute() / "data"
 
     def make() -> None:
         recipe, made = data_recipe(cfg, folder), Recipe.read(folder)
+        if made is not None:
+            check_files(folder)
         arms = sorted(path.parent.name for path in folder.parent.glob("arms/*/made_from.json"))
         keep = folder if made is not None and arms else None
         if keep is not None and made is not None:
@@ -51,6 +56,7 @@ def prepare_data(cfg: Config, like: Path | None = None) -> None:
 
         def fill(part: Path) -> None:
             if keep is None and twin is not None and like is not None and twin.digest == recipe.digest:
+                check_files(like)
                 shutil.copytree(like, part, dirs_exist_ok=True, copy_function=_link)
             else:
                 prepare(cfg, part, console, keep)
@@ -95,13 +101,20 @@ def index(run: Run) -> None:
 
 
 def train(run: Run, arm: str) -> None:
-    """Trains an arm and the phases it starts from; finished phases are left alone, an interrupted one continues."""
-    for phase in chain(arm, warmup=run.cfg.train.warmup.steps > 0):
+    """Trains an arm and the phases it starts from; finished phases are left alone, an interrupted one continues.
+
+    Raises:
+      MemoryShort: a step of one of them needs more memory than there is; nothing has been trained then.
+    """
+    phases = chain(arm, warmup=run.cfg.train.warmup.steps > 0)
+    ask_memory(run, phases)
+    for phase in phases:
         train_phase(run, phase, distributed.console())
 
 
 def run_all(cfg: Config, seeds: int) -> None:
     """The whole experiment for so many seeds from ``cfg.seed`` on, each in ``run_dir/seed_N``, and its report."""
+    cfg = followed(cfg)
     console, root, like = distributed.console(), Path(cfg.run_dir), None
     for seed in range(cfg.seed, cfg.seed + seeds):
         one = cfg.model_copy(update={"seed": seed, "run_dir": str(root / f"seed_{seed}")})
@@ -118,6 +131,7 @@ def run_all(cfg: Config, seeds: int) -> None:
     write_report(cfg)
 
 
-def write_report(cfg: Config) -> None:
-    """The report of a run directory; of several processes the first writes it."""
-    on_first(lambda: report(cfg.run_dir, cfg.eval.split, resamples=cfg.eval.bootstrap, max_risk=cfg.eval.max_risk))
+def write_report(cfg: Config, out: str | None = None) -> None:
+    """The report of a run directory, in it or in `out`; of several processes the first writes it."""
+    ask = cfg.eval
+    on_first(lambda: report(cfg.run_dir, ask.split, out=out, resamples=ask.bootstrap, max_risk=ask.max_risk))

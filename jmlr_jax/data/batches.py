@@ -6,7 +6,8 @@ Everything is memory-mapped; nothing is tokenised here.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,16 @@ CARD = "prepare.json"
 class Prepared:
     """A directory written by :func:`jmlr_jax.data.prepare.prepare`.
 
-    ``card`` is the content of ``prepare.json``: lengths, special token ids, fingerprints and statistics.
+    Attributes:
+        card: the content of ``prepare.json``: lengths, special token ids, fingerprints and statistics.
+        suites: further splits by name, and the folder of each; see :meth:`with_suite`.
+        corpus: where the passages are, if not in ``directory``.
     """
 
     directory: Path
     card: dict[str, Any]
+    suites: Mapping[str, Path] = field(default_factory=dict)
+    corpus: Path | None = None
 
     @classmethod
     def open(cls, directory: str | Path) -> Prepared:
@@ -42,29 +48,48 @@ class Prepared:
             raise FileNotFoundError(
                 f"{path / CARD}: no prepared data; first run `jmlr prepare` with the same --config and values"
             )
-        return cls(path, json.loads((path / CARD).read_text()))
+        try:
+            return cls(path, dict(json.loads((path / CARD).read_text(encoding="utf-8"))))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"{path / CARD}: not a card of prepared data ({error}); run `jmlr prepare` again"
+            ) from None
+
+    def with_suite(self, name: str, folder: Path, options: int, *, own_passages: bool = False) -> Prepared:
+        """The same with one more split, which :func:`jmlr_jax.data.suites.write_suite` wrote into a folder.
+
+        Args:
+            name: of the split.
+            options: the most that one of its questions has.
+            own_passages: the passages are those of the folder.
+        """
+        card = {**self.card, "max_options": max(self.card["max_options"], options)}
+        corpus = folder if own_passages else self.corpus
+        return replace(self, card=card, suites={**self.suites, name: folder}, corpus=corpus)
 
     def questions(self, split: str) -> Records[Question]:
         """The records of a split; row ``i`` here is row ``i`` of its token tables."""
         self._check(split)
-        return read_questions_split(self.directory, split)
+        return read_questions_split(self.suites.get(split, self.directory), split)
 
     @cached_property
     def passages(self) -> Records[Passage]:
         """The corpus; row ``i`` here is row ``i`` of its token tables and what candidate tables speak of."""
-        return read_passages(self.directory)
+        return read_passages(self.corpus or self.directory)
 
     def tokens(self, name: str) -> TokenTable:
         """A token table: ``passages`` and ``references`` (the corpus for retriever and generator), and for each split
         ``SPLIT.queries``, ``SPLIT.questions``, ``SPLIT.answers``, ``SPLIT.options`` and ``SPLIT.gold`` (rows of gold
         passages in place of tokens)."""
+        if name not in self._tables:  # when asked for: a folder of passages alone has no questions
+            of_corpus = self.corpus if name in ("passages", "references") else None
+            folder = of_corpus or self.suites.get(name.split(".")[0], self.directory)
+            self._tables[name] = TokenTable.open(folder / "tokens", name)
         return self._tables[name]
 
     @cached_property
     def _tables(self) -> dict[str, TokenTable]:
-        names = ["passages", "references"]
-        names += [f"{split}.{piece}" for split in SPLITS for piece in _SPLIT_TABLES]
-        return {name: TokenTable.open(self.directory / "tokens", name) for name in names}
+        return {}
 
     @cached_property
     def skip_V(self) -> np.ndarray:
@@ -79,7 +104,8 @@ class Prepared:
     @cached_property
     def generator_ids(self) -> GeneratorIds:
         """Special token ids and vocabulary size of the generator's tokenizer."""
-        return GeneratorIds(**self.card["generator_ids"])
+        said: dict[str, Any] = self.card["generator_ids"]
+        return GeneratorIds(**said | {name: tuple(said.get(name, ())) for name in ("head", "tail", "stops")})
 
     def tokenizer_dir(self, which: str) -> str:
         """The saved tokenizer of ``retriever`` or ``generator``."""
@@ -107,7 +133,8 @@ class Prepared:
         O is the most options any question of any split has; the missing ones of a question have length 0.
         """
         self._check(split)
-        starts = np.load(self.directory / "tokens" / f"{split}.option_starts.npy", mmap_mode="r")
+        folder = self.suites.get(split, self.directory)
+        starts = np.load(folder / "tokens" / f"{split}.option_starts.npy", mmap_mode="r")
         rows = np.asarray(rows)
         place = starts[rows][:, None] + np.arange(self.card["max_options"])
         place = np.where(place < starts[rows + 1][:, None], place, -1)
@@ -115,11 +142,8 @@ class Prepared:
         return table.padded(place, self.card["lengths"]["answer"], self.generator_ids.pad)
 
     def _check(self, split: str) -> None:
-        if split not in SPLITS:
-            raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
-
-
-_SPLIT_TABLES = ("queries", "questions", "answers", "options", "gold")
+        if split not in SPLITS and split not in self.suites:
+            raise ValueError(f"no split {split!r}; there are {', '.join((*SPLITS, *self.suites))}")
 
 
 def assemble(prepared: Prepared, split: str, rows_B: np.ndarray, table_BxK: np.ndarray) -> Batch:

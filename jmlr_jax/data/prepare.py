@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jmlr_jax.config import Config
 from jmlr_jax.config_models import GeneratorConfig, RetrieverConfig
-from jmlr_jax.data import prepare_report
+from jmlr_jax.data import chat, prepare_report
 from jmlr_jax.data.batches import CARD
 from jmlr_jax.data.builders import write_corpus, write_questions
 from jmlr_jax.data.prompts import Prompts, check_templates
@@ -82,14 +82,15 @@ def _prepare_into(cfg: Config, out: Path, keep: Path | None) -> dict[str, Any]:
         shutil.copytree(keep / "tokenizers", out / "tokenizers")
     retriever = load_tokenizer(str(out / "tokenizers" / "retriever"))
     generator = load_tokenizer(str(out / "tokenizers" / "generator"))
-    r_ids, g_ids = retriever_ids(retriever, cfg.retriever), generator_ids(generator)
+    r_ids = retriever_ids(retriever, cfg.retriever)
+    g_ids = chat.layout(generator_ids(generator), generator, cfg.generator)
     _check_vocabulary("retriever.bert", cfg.retriever.bert.vocab_size, r_ids.vocab_size)
     _check_vocabulary("generator.llama", cfg.generator.llama.vocab_size, g_ids.vocab_size)
     skip_V = punctuation_table(retriever, r_ids.vocab_size, skip=cfg.retriever.skip_punctuation)
     save_array(out / "tokens" / "skip.npy", skip_V)
 
     engines = encoder(retriever), encoder(generator, continues=True)
-    tables = _Writer(cfg, prompts, *engines, r_ids, g_ids, out / "tokens")
+    tables = TableWriter(cfg, prompts, *engines, r_ids, g_ids, out / "tokens")
     row_of = {passage.id: row for row, passage in enumerate(sources.passages)}
     tables.write_passages(sources.passages)
     questions = {split: tables.write_split(split, sources.questions[split], row_of) for split in SPLITS}
@@ -97,7 +98,7 @@ def _prepare_into(cfg: Config, out: Path, keep: Path | None) -> dict[str, Any]:
     write_corpus(out, sources.passages)
     return {
         "retriever_ids": dataclasses.asdict(r_ids),
-        "generator_ids": dataclasses.asdict(g_ids),
+        "generator_ids": {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(g_ids).items()},
         "lengths": {
             "query": cfg.retriever.query_length,
             "passage": cfg.retriever.passage_length,
@@ -119,8 +120,15 @@ def _prepare_into(cfg: Config, out: Path, keep: Path | None) -> dict[str, Any]:
 
 
 @dataclass
-class _Writer:
-    """Tokenises and saves; keeps count of what was cut and which questions were left out."""
+class TableWriter:
+    """Tokenises and saves.
+
+    Attributes:
+        retriever, generator: engines of :func:`jmlr_jax.data.tokenizers.encoder`.
+        directory: where tables are written.
+        cuts: name of a table -> what was cut, see :class:`jmlr_jax.data.tokenise.CutCount`.
+        dropped: why questions were left out.
+    """
 
     cfg: Config
     prompts: Prompts
@@ -145,7 +153,7 @@ class _Writer:
 
     def write_split(self, split: str, questions: list[Question], row_of: dict[str, int]) -> list[Question]:
         """All tables of a split; returns the questions that fit, whose rows these are."""
-        asked, cut, too_long = tokenise_questions(self.generator, self.prompts, questions)
+        asked, cut, too_long = tokenise_questions(self.generator, self.prompts, questions, self.generator_ids.tail)
         eos = self.generator_ids.eos
         said, unanswerable = tokenise_answers(self.generator, self.prompts, questions, eos)
         misfits = too_long + unanswerable

@@ -106,6 +106,8 @@ def show(card: Mapping[str, Any], console: Console) -> None:
     for note in card["read"]:
         if note["skipped"]:
             console.print(f"{note['file']}: {len(note['skipped'])} bad records skipped, first: {note['skipped'][0]}")
+        if note["outside"]:
+            console.print(f"{note['file']}: {note['outside']:,} questions of other kinds are not read")
         if note["ignored_fields"]:
             console.print(f"{note['file']}: fields not read: {', '.join(note['ignored_fields'])}")
     if card["dropped"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Formatter
@@ -12,7 +13,7 @@ from jmlr_jax.data.schema import LETTERS, Passage, Question
 from jmlr_jax.errors import JmlrError
 
 _FIELDS = {
-    "retriever.query_template": ("question", "options"),
+    "retriever.query_template": ("question", "last_sentence", "options"),
     "retriever.passage_template": ("title", "text"),
     "generator.passage_template": ("title", "text"),
     "generator.question_template": ("question", "options"),
@@ -48,6 +49,16 @@ def check_template(key: str, template: str) -> None:
             raise TemplateError(f"{key}: {{{name}}} takes no format or conversion in {template!r}")
 
 
+def last_sentence(text: str) -> str:
+    """The last sentence of a text, where exam questions ask what their case report leads up to.
+
+    >>> last_sentence("A man of 54 has 2.5 mg/dL. His foot hurts! What helps?"), last_sentence("Which drug")
+    ('What helps?', 'Which drug')
+    """
+    parts = re.split(r"(?<=[.?!])\s+|(?<=[\u3002\uff1f\uff01])", text.strip())
+    return next((part for part in reversed(parts) if part), text)
+
+
 @dataclass(frozen=True)
 class Prompts:
     """Renders the pieces of a checked configuration; braces in questions and passages are plain text."""
@@ -57,7 +68,9 @@ class Prompts:
 
     def query(self, question: Question) -> str:
         """What the retriever (and BM25) is asked; ``{options}`` are the options joined by spaces."""
-        return self.retriever.query_template.format(question=question.question, options=" ".join(question.options))
+        text = question.question
+        fields = {"question": text, "last_sentence": last_sentence(text), "options": " ".join(question.options)}
+        return self.retriever.query_template.format(**fields)
 
     def retrieved(self, passage: Passage) -> str:
         """What the retriever (and BM25) indexes."""

@@ -27,22 +27,26 @@ from typing import Any, Literal, TypeVar
 
 from jmlr_jax.data import fields, plain, published
 from jmlr_jax.data.names import by_known_names
-from jmlr_jax.data.rows import read_cells, read_entries, read_lines, read_table
+from jmlr_jax.data.rows import read_cells, read_entries, read_lines, read_list, read_table
 from jmlr_jax.data.schema import FieldError, InputError, Passage, Question, RecordError
 from jmlr_jax.files import any_path
 
 OnError = Literal["stop", "skip"]
-Format = Literal["medqa", "medmcqa", "mmlu", "pubmedqa", "mirage", "jsonl", "csv", "tsv"]
+Format = Literal[
+    "medqa", "medmcqa", "mmlu", "pubmedqa", "mirage", "medxpertqa", "mmlu_pro", "bioasq", "jsonl", "csv", "tsv"
+]
 Record = TypeVar("Record", Question, Passage)
 Place = tuple[str, int]  # file, line
 
 
 @dataclass
 class ReadReport:
-    """What became of a file's records; ``places`` says where each id stands."""
+    """What became of a file's records; ``places`` says where each id stands, ``outside`` counts what its format holds
+    beside the questions that are read: other kinds of BioASQ, other categories of MMLU-Pro."""
 
     file: str
     read: int = 0
+    outside: int = 0
     skipped: list[RecordError] = field(default_factory=list)
     ignored_fields: Counter[str] = field(default_factory=Counter)
     places: dict[str, Place] = field(default_factory=dict, repr=False)
@@ -50,7 +54,7 @@ class ReadReport:
 
 @dataclass
 class ReadResult:
-    """Questions of one file, the passages that came with them (PubMedQA), and the report."""
+    """Questions of one file, the passages that came with them (PubMedQA, BioASQ), and the report."""
 
     questions: list[Question]
     passages: list[Passage]
@@ -74,15 +78,16 @@ def read_questions(form: Format, path: str, on_error: OnError = "stop", *, tsv_q
     passages: list[Passage] = []
     stem, ignored = any_path(path).stem, report.ignored_fields
 
-    if form in ("medqa", "medmcqa", "jsonl"):
-        parse = {"medqa": published.medqa, "medmcqa": published.medmcqa}.get(form)
+    if form in ("medqa", "medmcqa", "medxpertqa", "mmlu_pro", "jsonl"):
+        own = {"medqa": published.medqa, "medmcqa": published.medmcqa, "medxpertqa": published.medxpertqa}
+        parse = own.get(form)
 
-        def from_json(line: int, value: str) -> Question:
+        def from_json(line: int, value: str) -> Question | None:
             record, default_id = fields.json_object(value), f"{stem}-{line:05d}"
-            if parse is None:
+            if form == "jsonl":
                 return plain.question(record, default_id, ignored)
             ignored.update(record.keys() - published.READ[form])
-            return parse(record, default_id)
+            return published.mmlu_pro(record) if parse is None else parse(record, default_id)
 
         return ReadResult(_collect(read_lines(path), from_json, on_error, report), passages, report)
 
@@ -108,6 +113,20 @@ def read_questions(form: Format, path: str, on_error: OnError = "stop", *, tsv_q
             return question
 
         return ReadResult(_collect(read_entries(path, 1), from_entry, on_error, report), passages, report)
+
+    if form == "bioasq":
+
+        def from_golden(_: int, value: Any) -> Question | None:
+            fields.check_text(value, "questions")
+            found = published.bioasq(value)
+            if found is None:
+                return None
+            ignored.update(value.keys() - published.READ[form])
+            if found[0].id not in report.places:
+                passages.extend(found[1])
+            return found[0]
+
+        return ReadResult(_collect(read_list(path, "questions"), from_golden, on_error, report), passages, report)
 
     if form == "mirage":
 
@@ -144,15 +163,18 @@ def read_corpus(path: str, on_error: OnError = "stop", *, tsv_quotes: bool = Fal
 
 
 def _collect(
-    rows: Iterable[tuple[int, Any]], parse: Callable[[int, Any], Record], on_error: OnError, report: ReadReport
+    rows: Iterable[tuple[int, Any]], parse: Callable[[int, Any], Record | None], on_error: OnError, report: ReadReport
 ) -> list[Record]:
-    """Parses every row, gives errors their place, and refuses an id seen before."""
+    """Parses every row, gives errors their place, and refuses an id seen before; None is not read, but counted."""
     records: list[Record] = []
     for line, value in rows:
         try:
             if isinstance(value, FieldError):
                 raise value
             record = parse(line, value)
+            if record is None:
+                report.outside += 1
+                continue
             if record.id in report.places:
                 before = report.places[record.id][1]
                 raise FieldError("id", f"an id of its own (line {before} has it already)", record.id)

@@ -84,24 +84,7 @@ def read_table(path: str, delimiter: str, *, quoted: bool) -> Iterator[tuple[int
 
 def read_entries(path: str, depth: int) -> Iterator[tuple[int, tuple[Any, ...]]]:
     """Entries ``(key, ..., value)`` of nested JSON objects, ``depth`` keys deep, with the line of the last key."""
-    content = "".join(line for _, line in read_lines(path, keep_blank=True))
-
-    def line_at(position: int) -> int:
-        return content.count("\n", 0, position) + 1
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if repeated := repeated_key(pairs):
-            places = [match.start() for match in re.finditer(re.escape(json.dumps(repeated)) + r"\s*:", content)]
-            raise RecordError(path, line_at(places[-1]) if places else 1, "(key)", "each key once", repeated)
-        return dict(pairs)
-
-    try:
-        root = json.loads(content, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise RecordError(path, error.lineno, "(file)", f"one JSON object ({error.msg})", "") from None
-    except RecursionError:
-        raise RecordError(path, 1, "(file)", "JSON that is not nested so deeply", "") from None
-
+    content, root = _json(path)
     position, line = 0, 1
 
     def walk(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[int, tuple[Any, ...]]]:
@@ -119,6 +102,55 @@ def read_entries(path: str, depth: int) -> Iterator[tuple[int, tuple[Any, ...]]]
             yield from walk(inner, (*keys, key))
 
     yield from walk(root, ())
+
+
+def read_list(path: str, name: str) -> Iterator[tuple[int, Any]]:
+    """Items of the list that a JSON object holds under ``name``, with the line each begins at."""
+    content, root = _json(path)
+    items = root.get(name) if isinstance(root, dict) else None
+    if not isinstance(items, list):
+        raise RecordError(path, 1, name, "a list under this name in a JSON object", type(items).__name__)
+    between, decoder = re.compile(r"[\s,:]*"), json.JSONDecoder()
+
+    def after(position: int) -> int:
+        found = between.match(content, position)
+        return found.end() if found else position
+
+    position, key = content.index("{") + 1, None
+    while key != name:
+        if key is not None:
+            position = decoder.raw_decode(content, position)[1]
+        key, position = decoder.raw_decode(content, after(position))
+        position = after(position)
+    position, line, counted = position + 1, 1, 0
+    for item in items:
+        position = after(position)
+        line, counted = line + content.count("\n", counted, position), position
+        yield line, item
+        position = decoder.raw_decode(content, position)[1]
+
+
+def _json(path: str) -> tuple[str, Any]:
+    """The text of a file, and the JSON value that it is."""
+    content = "".join(line for _, line in read_lines(path, keep_blank=True))
+
+    def line_at(position: int) -> int:
+        return content.count("\n", 0, position) + 1
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if repeated := repeated_key(pairs):
+            places = [match.start() for match in re.finditer(re.escape(json.dumps(repeated)) + r"\s*:", content)]
+            raise RecordError(path, line_at(places[-1]) if places else 1, "(key)", "each key once", repeated)
+        return dict(pairs)
+
+    try:
+        return content, json.loads(content, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise RecordError(path, error.lineno, "(file)", f"one JSON object ({error.msg})", "") from None
+    except RecordError:
+        raise
+    except (RecursionError, ValueError) as error:  # nested too deeply, a number of thousands of digits
+        raise RecordError(path, 1, "(file)", f"one JSON object ({error})", "") from None
 
 
 def repeated_key(pairs: list[tuple[str, Any]]) -> str | None:

@@ -30,7 +30,8 @@ class Sources:
 def read_sources(cfg: Config) -> Sources:
     """Questions by split and filtered passages of a configuration.
 
-    Passages come from ``data.corpus_path``; without it from the world, or from PubMedQA's own contexts.
+    Passages come from ``data.corpus_path``; without it from the world, or from what PubMedQA and
+    BioASQ give to each question.
 
     Raises:
         RecordError: a record that cannot be read.
@@ -74,7 +75,7 @@ def read_sources(cfg: Config) -> Sources:
         raise InputError(f"no passages: data.questions={data.questions} has none of its own, set data.corpus_path")
 
     passages, pieces_of = split_corpus(documents, data.passage_words)
-    questions = {split: [_with_pieces(question, pieces_of) for question in questions[split]] for split in SPLITS}
+    questions = {split: [with_pieces(question, pieces_of) for question in questions[split]] for split in SPLITS}
     known = {passage.id for passage in passages}
     missing = sum(
         doc not in known for split in SPLITS for question in questions[split] for doc in question.gold_doc_ids
@@ -86,7 +87,7 @@ def read_sources(cfg: Config) -> Sources:
     return Sources(questions, kept, leakage, notes)
 
 
-def _with_pieces(question: Question, pieces_of: Mapping[str, list[str]]) -> Question:
+def with_pieces(question: Question, pieces_of: Mapping[str, list[str]]) -> Question:
     """A gold document that was split stands for all its pieces."""
     if not any(doc in pieces_of for doc in question.gold_doc_ids):
         return question
@@ -98,6 +99,7 @@ def _read_notes(report: ReadReport) -> dict[str, Any]:
     return {
         "file": report.file,
         "read": report.read,
+        "outside": report.outside,
         "skipped": [str(error) for error in report.skipped],
         "ignored_fields": dict(sorted(report.ignored_fields.items())),
     }

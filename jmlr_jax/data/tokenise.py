@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jmlr_jax.data.prompts import Prompts
-from jmlr_jax.data.schema import Question
+from jmlr_jax.data.schema import LETTERS, Question
 from jmlr_jax.data.token_table import TokenTable
 from jmlr_jax.parallel.progress import track
 
@@ -77,10 +77,14 @@ def tokenise(
 
 
 def tokenise_questions(
-    engine: Tokenizer, prompts: Prompts, questions: Sequence[Question]
+    engine: Tokenizer, prompts: Prompts, questions: Sequence[Question], tail: Sequence[int] = ()
 ) -> tuple[TokenTable, CutCount, list[Misfit]]:
-    """Questions with their options as the generator reads them; a row that does not fit is empty and a Misfit."""
-    limit = prompts.generator.question_length
+    """Questions with their options as the generator reads them; a row that does not fit is empty and a Misfit.
+
+    Args:
+        tail: tokens that every row ends with, of a chat template.
+    """
+    limit = prompts.generator.question_length - len(tail)
     texts = [prompts.question(question.question, question.options) for question in questions]
     rows, lengths, misfits = [], [], []
     for place, ids in enumerate(encode_all(engine, texts, "questions (generator)")):
@@ -88,14 +92,15 @@ def tokenise_questions(
         if len(ids) > limit:
             ids = _shortened(engine, prompts, questions[place], len(ids), limit)
         if len(ids) > limit:
-            needed, id_ = len(ids), questions[place].id
-            misfits.append(
-                Misfit(place, id_, "what surrounds the question", needed, limit, "generator.question_length")
-            )
+            needed, whole = len(ids) + len(tail), prompts.generator.question_length
+            piece = "what surrounds the question (its options too)"
+            misfits.append(Misfit(place, questions[place].id, piece, needed, whole, "generator.question_length"))
             ids = ids[:0]
         rows.append(ids)
     lost = [length - len(row) for length, row in zip(lengths, rows, strict=True) if length > limit]
-    return TokenTable.of(rows), CutCount(len(rows), len(lost), sum(lost), max(lengths, default=0)), misfits
+    table = TokenTable.of([np.append(row, tail).astype(np.int32) for row in rows]) if tail else TokenTable.of(rows)
+    longest = max(lengths, default=-len(tail)) + len(tail)
+    return table, CutCount(len(rows), len(lost), sum(lost), longest), misfits
 
 
 def _shortened(engine: Tokenizer, prompts: Prompts, question: Question, length: int, limit: int) -> np.ndarray:
@@ -134,8 +139,9 @@ def tokenise_answers(
     options = [np.append(ids, eos) for ids in encode_all(engine, option_texts, "options")]
     misfits = []
     for place, question in enumerate(questions):
-        pieces = [answers[place], *options[starts[place] : starts[place + 1]]]
-        needed = max(len(piece) for piece in pieces)
+        pieces = options[starts[place] : starts[place + 1]] or [answers[place]]  # an option is the answer
+        needed, last = max((len(piece), -number) for number, piece in enumerate(pieces))
         if needed > limit:
-            misfits.append(Misfit(place, question.id, "an answer", needed, limit, "generator.answer_length"))
+            piece = f"option {LETTERS[-last]}" if question.options else "the answer"
+            misfits.append(Misfit(place, question.id, piece, needed, limit, "generator.answer_length"))
     return AnswerTables(TokenTable.of(answers), TokenTable.of(options), starts), misfits

@@ -11,6 +11,8 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +24,9 @@ from jmlr_jax.errors import JmlrError
 from jmlr_jax.files import local_path
 
 BYTES = 256
+MAX_BYTES = 1 << 28  # of one file of a tokenizer; the largest published ones have a tenth of it
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+KINDS = ("BPE", "Unigram", "WordLevel", "WordPiece")
 _MAX_LETTERS = 1000  # of the retriever's alphabet; rarer ones are unknown
 _GENERATOR_SPECIALS = ("<pad>", "<s>", "</s>")
 
@@ -32,7 +37,7 @@ class TokenizerError(JmlrError, ValueError):
 
 @dataclass(frozen=True)
 class RetrieverIds:
-    """Token ids of the retriever's layout; ``vocab_size`` counts added tokens too."""
+    """Token ids of the retriever's layout; ``vocab_size`` is above every id that the tokenizer can give."""
 
     cls: int
     sep: int
@@ -50,12 +55,32 @@ class RetrieverIds:
 
 @dataclass(frozen=True)
 class GeneratorIds:
-    """Token ids of the generator's layout; where a tokenizer has no begin or padding token, the end token serves."""
+    """Token ids of the generator's layout; where a tokenizer has no begin or padding token, the end token serves.
+
+    Attributes:
+        eos: what an answer ends with.
+        head: what a prompt begins with in place of `bos`, the opening of a chat template.
+        tail: what stands between question and answer, the template's turn.
+        stops: what ends a generated answer beside `eos`.
+    """
 
     bos: int
     eos: int
     pad: int
     vocab_size: int
+    head: tuple[int, ...] = ()
+    tail: tuple[int, ...] = ()
+    stops: tuple[int, ...] = ()
+
+    @property
+    def begin(self) -> int | tuple[int, ...]:
+        """What a prompt begins with."""
+        return self.head or self.bos
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """What a generated answer ends with: the end token, and what stops it beside."""
+        return (self.eos, *self.stops)
 
 
 def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
@@ -64,17 +89,45 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
     Raises:
         TokenizerError: if the directory holds no tokenizer with a fast implementation.
     """
-    if not local_path(directory).is_dir():
+    folder = local_path(directory)
+    if not folder.is_dir():
         raise TokenizerError(f"{directory}: no such tokenizer directory")
+    _check_size(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False, use_fast=True
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise TokenizerError(f"{directory}: not a tokenizer that transformers can load: {error}") from error
+    except Exception as error:  # the engine's own is a plain Exception
+        raise TokenizerError(f"{directory}: {_why(folder, error)}") from error
     if not tokenizer.is_fast:
         raise TokenizerError(f"{directory}: only a slow tokenizer; save a fast one (tokenizer.json) beside it")
     return tokenizer
+
+
+def _check_size(folder: Path) -> None:
+    """Refuses files that the library would read whole and that no tokenizer needs to be so large."""
+    for name in FILES:
+        size = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if size > MAX_BYTES:
+            raise TokenizerError(f"{folder / name}: has {size:,} bytes; no tokenizer needs more than {MAX_BYTES:,}")
+
+
+def _why(folder: Path, error: Exception) -> str:
+    """What kept a tokenizer from being loaded, and what can be."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    try:
+        said = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        kind = said["model"]["type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return f"not a tokenizer that transformers can load: {first}"
+    cannot = "not a tokenizer that transformers can load"
+    here = f"the library tokenizers {metadata.version('tokenizers')}"
+    if kind not in KINDS:
+        return f"{cannot}: its model is of type {kind!r}; {here} reads {', '.join(KINDS)}"
+    return (
+        f"{cannot}: tokenizer.json ({kind}) was written for another version than {here} ({first}); save it again with "
+        "that one, or install the one that wrote it"
+    )
 
 
 def encoder(tokenizer: PreTrainedTokenizerFast, *, continues: bool = False) -> Tokenizer:
@@ -215,7 +268,7 @@ def retriever_ids(tokenizer: PreTrainedTokenizerFast, cfg: RetrieverConfig) -> R
         pad=special("pad"),
         query_marker=marker("query_marker"),
         passage_marker=marker("passage_marker"),
-        vocab_size=len(tokenizer),
+        vocab_size=ids_below(tokenizer),
     )
 
 
@@ -226,7 +279,12 @@ def generator_ids(tokenizer: PreTrainedTokenizerFast) -> GeneratorIds:
         raise TokenizerError(f"generator.tokenizer: {tokenizer.name_or_path} has no end token (eos_token)")
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else eos
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
-    return GeneratorIds(bos=int(bos), eos=int(eos), pad=int(pad), vocab_size=len(tokenizer))
+    return GeneratorIds(bos=int(bos), eos=int(eos), pad=int(pad), vocab_size=ids_below(tokenizer))
+
+
+def ids_below(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The number that every id of the tokenizer is below; more than its tokens where ids are left out."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
 def punctuation_table(tokenizer: PreTrainedTokenizerFast, vocab_size: int, *, skip: bool) -> np.ndarray:

@@ -39,13 +39,13 @@ def evaluate_arms(run: Run, arms: Sequence[str]) -> None:
     cfg, split = run.cfg, run.cfg.eval.split
     if any(run.gold(split)):
         made = retrieval_recipe(cfg, run.fingerprints, split, INITIAL)
-        _unless_made(run, made, partial(_initial, run))
+        unless_made(run, made, partial(_initial, run))
     for arm in arms:
         made = evaluation_recipe(cfg, run.fingerprints, split, arm, digests(run, arm))
-        _unless_made(run, made, partial(_arm, run, arm))
+        unless_made(run, made, partial(_arm, run, arm))
 
 
-def _unless_made(run: Run, recipe: Recipe, measure: Callable[[], Callable[[Path], None]]) -> None:
+def unless_made(run: Run, recipe: Recipe, measure: Callable[[], Callable[[Path], None]]) -> None:
     """Measures in all processes, and writes in the first, unless an equal recipe has made it."""
     console = distributed.console()
     if changes(recipe) == []:
@@ -58,17 +58,9 @@ def _unless_made(run: Run, recipe: Recipe, measure: Callable[[], Callable[[Path]
 
 def _arm(run: Run, arm: str) -> Callable[[Path], None]:
     """How an arm answers and retrieves; the result writes it into a folder."""
-    cfg, phase = run.cfg, PHASES[arm]
-    weights = run.initial_weights() | {"generator": trained(run, arm, "generator")}
-    adapters = cfg.generator.lora
-    reader = Reader(
-        params=weights["generator"] if adapters is None else lora.complete(weights["base"], weights["generator"]),
-        cfg=run.llama,
-        decode=_decoder(run),
-        adapters=None if adapters is None else lora.bind(weights["generator"], adapters),
-    )
-    source: PassageSource = "retriever" if phase.passages == "live" else phase.passages
-    retriever = retriever_of(run, trained_retriever(arm)) if source == "retriever" else None
+    cfg = run.cfg
+    reader = reader_of(run, trained(run, arm, "generator"))
+    source, retriever = passages_of(run, arm)
     retrieval, ranked = _ranking(run, source, retriever)
     read = cfg.train.read_passages
     # Of chance passages the first of many are not those of few; and of equal scores an index may return any.
@@ -78,13 +70,32 @@ def _arm(run: Run, arm: str) -> Callable[[Path], None]:
     return result.with_retrieval(retrieval).save
 
 
+def passages_of(run: Run, arm: str) -> tuple[PassageSource, object]:
+    """Where an arm's passages come from when it is evaluated, and the weights of the retriever that finds them."""
+    phase = PHASES[arm]
+    source: PassageSource = "retriever" if phase.passages == "live" else phase.passages
+    return source, retriever_of(run, trained_retriever(arm)) if source == "retriever" else None
+
+
+def reader_of(run: Run, generator: Any) -> Reader:
+    """A generator of the run ready to read; `generator` is what a phase trained, whole or adapters."""
+    adapters = run.cfg.generator.lora
+    tokenizer = load_tokenizer(run.prepared.tokenizer_dir("generator"))
+    return Reader(
+        params=generator if adapters is None else lora.complete(run.initial_weights()["base"], generator),
+        cfg=run.llama,
+        decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+        adapters=None if adapters is None else lora.bind(generator, adapters),
+    )
+
+
 def _probes(run: Run, arm: str, source: PassageSource, retriever: Any, table_NxK: np.ndarray) -> list[Probe]:
     """The further readings that the configuration asks for."""
     cfg, split = run.cfg, run.cfg.eval.split
     probes: list[Probe] = []
     if cfg.eval.conditions:
         read = cfg.train.read_passages
-        tables = {"gold": _padded(run.gold(split))[:, :read], "random": fixed_table(run, "random", split, read)}
+        tables = {"gold": padded(run.gold(split))[:, :read], "random": fixed_table(run, "random", split, read)}
         probes.append(conditions({name: tables[name] for name in cfg.eval.conditions}))
     if cfg.eval.permutations:
         probes.append(orders)
@@ -122,17 +133,12 @@ def _ranking(run: Run, source: Any, retriever: Any) -> tuple[dict[str, float] | 
     ranked = fixed_table(run, source, cfg.eval.split, depth, retriever)
     if source == "none" or not any(gold):
         return None, ranked
-    return ranking_summary(ranked, _padded(gold), cfg.eval.hit_at), ranked
+    return ranking_summary(ranked, padded(gold), cfg.eval.hit_at), ranked
 
 
-def _padded(gold: list[list[int]]) -> np.ndarray:
+def padded(gold: list[list[int]]) -> np.ndarray:
     """Gold rows as int32 [N, G], -1 padding."""
     table = np.full((len(gold), max(1, *(len(g) for g in gold))), -1, np.int32)
     for i, rows in enumerate(gold):
         table[i, : len(rows)] = rows
     return table
-
-
-def _decoder(run: Run) -> Callable[[Sequence[int]], str]:
-    tokenizer = load_tokenizer(run.prepared.tokenizer_dir("generator"))
-    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -63,6 +63,7 @@ def evaluate_arm(
     cfg: Config,
     *,
     mesh: Mesh | None = None,
+    rows: np.ndarray | None = None,
     probes: Sequence[Probe] = (),
 ) -> ArmResult:
     """Evaluates one arm on a split.
@@ -73,6 +74,7 @@ def evaluate_arm(
         A closed-book arm has -1 everywhere.
       cfg: ``eval`` and the prompt lengths matter, and ``seed`` for the resampling.
       mesh: devices; the batch is spread over its data and fsdp axes.
+      rows: of the questions to evaluate; None: ``eval.max_questions`` of them, spread evenly over the split.
       probes: further readings of the same questions, see :mod:`jmlr_jax.evaluation.probes`.
 
     Returns:
@@ -97,8 +99,9 @@ def evaluate_arm(
     # Where a column holds no passage of any question (of a closed-book arm none does), there is nothing to read.
     table = table[:, (table >= 0).any(axis=0)]
     started = time.monotonic()
-    setting, chosen = Setting(reader, prepared, split, cfg, mesh), _chosen(len(questions), cfg.eval.max_questions)
-    rows: Rows = []
+    setting = Setting(reader, prepared, split, cfg, mesh)
+    chosen = _chosen(len(questions), cfg.eval.max_questions) if rows is None else rows
+    lines: Rows = []
     with Stage(f"evaluating {arm}", len(chosen), "questions") as stage:
         for place_B, count in batches(chosen, cfg.eval.batch_size):
             batch = question_batch(setting, place_B, table[place_B])
@@ -106,13 +109,13 @@ def evaluate_arm(
             for i in range(count):
                 place = int(place_B[i])
                 one = {name: values[i] for name, values in found.items()}
-                rows.append(_row(questions[place], one, reader, prepared, table[place]))
-            stage.update(len(rows))
+                lines.append(_row(questions[place], one, reader, prepared, table[place]))
+            stage.update(len(lines))
     for probe in probes:
-        for row, more in zip(rows, probe(setting, chosen, table[chosen]), strict=True):
+        for row, more in zip(lines, probe(setting, chosen, table[chosen]), strict=True):
             row.update(more)
-    summary = {"arm": arm, "split": split, **summarise_rows(rows, cfg.eval.bootstrap, cfg.seed)}
-    return ArmResult(arm, {**summary, "seconds": time.monotonic() - started}, rows)
+    summary = {"arm": arm, "split": split, **summarise_rows(lines, cfg.eval.bootstrap, cfg.seed)}
+    return ArmResult(arm, {**summary, "seconds": time.monotonic() - started}, lines)
 
 
 def summarise_rows(rows: Rows, resamples: int, seed: int = 0) -> dict[str, Any]:
@@ -133,7 +136,7 @@ def summarise_rows(rows: Rows, resamples: int, seed: int = 0) -> dict[str, Any]:
     likelihood = interval([float(row["correct"]) for row in rows])
     generation = interval([float(row["generated_correct"]) for row in rows])
     gain = interval([row["nll_none"] - row["nll"] for row in rows])
-    chances = [_chance(row) for row in rows if row["options"]]
+    chances = [chance(row) for row in rows if row["options"]]
     kinds = sorted({row["kind"] for row in rows})
     return {
         "n": len(rows),
@@ -168,9 +171,9 @@ def _row(
     question: Question, found: dict[str, Any], reader: Reader, prepared: Prepared, table_K: np.ndarray
 ) -> dict[str, Any]:
     """One line of ``questions.jsonl``."""
-    eos = prepared.generator_ids.eos
+    ends = prepared.generator_ids.ends
     made = [int(token) for token in found["tokens"][: int(found["made"])]]
-    text = reader.decode([token for token in made if token != eos]).strip()
+    text = reader.decode([token for token in made if token not in ends]).strip()
     count = len(question.options)
     nll, length = found["nll"][1 : 1 + count], found["option_len"][:count]
     prediction, by_sum = (int(np.argmin(nll)), int(np.argmin(nll * length))) if count else (-1, -1)
@@ -211,7 +214,7 @@ def is_right(question: Question, option: int | None) -> bool:
     return option is not None and first[option] == first[question.answer_index]
 
 
-def _chance(row: Mapping[str, Any]) -> float:
+def chance(row: Mapping[str, Any]) -> float:
     """How often guessing is right."""
     first = first_equal(row["option_texts"])
     return first.count(first[row["answer"]]) / len(first)

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jmlr_jax.seeds import derived
+
 Values = NDArray[np.float64]
 BLOCK = 2_000_000  # counts drawn at once, which bounds memory at about 16 MB whatever the number of questions
 
@@ -112,6 +114,21 @@ def bootstrap_interval(
     the chance of a rare other outcome.
     """
     return seeds_interval([Sample(values_n, groups)], seed=seed, resamples=resamples, level=level)
+
+
+def strata_interval(strata: Sequence[Sample], *, seed: int = 0, resamples: int = 2000, level: float = 0.95) -> Interval:
+    """Mean over strata (tasks of a benchmark) of each one's mean; every stratum is resampled by itself.
+
+    Raises:
+      ValueError: no strata.
+    """
+    draws = [
+        resampled([one], _mean_of([one]), derived(seed, "stratum", place), resamples)
+        for place, one in enumerate(strata)
+    ]
+    if not draws:
+        raise ValueError("no strata to resample")
+    return Interval(_mean(strata), *_quantiles(np.mean(draws, axis=0), level))
 
 
 def paired_bootstrap(

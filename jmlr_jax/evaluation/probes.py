@@ -67,7 +67,7 @@ def orders(setting: Setting, place_n: np.ndarray, table_nxK: np.ndarray) -> Adde
     for shift in range(max((len(question.options) for question in questions), default=0)):
         some = np.array([i for i, question in enumerate(questions) if len(question.options) > shift])
         turned = [_turned(questions[i], shift) for i in some]
-        asked, _, misfits = tokenise_questions(engine, prompts, turned)
+        asked, _, misfits = tokenise_questions(engine, prompts, turned, prepared.generator_ids.tail)
         nll = option_losses(setting, f"options turned by {shift}", place_n[some], table_nxK[some], questions=asked)
         left_out = {misfit.row for misfit in misfits}
         for row, (i, nll_O) in enumerate(zip(some, nll, strict=True)):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,41 @@ class Setting:
     mesh: Mesh | None = None
 
 
+class Prefix(NamedTuple):
+    """A prompt that was computed once, for all that may follow it.
+
+    Attributes:
+      cache: its keys and values, with room for what follows.
+      last_Bx1xD: hidden state of its last token, which predicts the next.
+      length_B: its tokens.
+    """
+
+    cache: Params
+    last_Bx1xD: Array
+    length_B: Array
+
+
+def prompt_prefix(
+    params: Params, cfg: LlamaConfig, prompt_BxT: Array, length_B: Array, room: int, adapters: Adapters | None = None
+) -> Prefix:
+    """Computes prompts; `room` tokens may follow each."""
+    B, T = prompt_BxT.shape
+    cache = init_cache(cfg, B, T + room)
+    start_B = jnp.zeros_like(length_B)
+    hidden, cache = llama_cached(params, cfg, prompt_BxT, start_B, length_B, cache, adapters=adapters)
+    return Prefix(cache, jnp.take_along_axis(hidden, (length_B - 1)[:, None, None], axis=1), length_B)
+
+
+def after_prefix(
+    params: Params, cfg: LlamaConfig, prefix: Prefix, ids_BxA: Array, len_B: Array, adapters: Adapters | None = None
+) -> Array:
+    """Mean negative log-likelihood of one continuation of each prompt, ``nll_B`` float32; 0 where its length is 0."""
+    cache, last_Bx1xD, length_B = prefix
+    after, _ = llama_cached(params, cfg, ids_BxA, length_B, length_B + len_B, cache, adapters=adapters)
+    before_BxAxD = jnp.concatenate([last_Bx1xD, after[:, :-1]], axis=1)  # token a is predicted one position earlier
+    return answer_nll(llama_logits(params, cfg, before_BxAxD, adapters=adapters), ids_BxA, len_B)
+
+
 def continuation_nll(
     params: Params,
     cfg: LlamaConfig,
@@ -78,18 +114,10 @@ def continuation_nll(
 
     Equal to scoring prompt and continuation together, but the prompt is computed once. 0 where a length is 0.
     """
-    B, T = prompt_BxT.shape
-    A = ids_BxOxA.shape[-1]
-    cache = init_cache(cfg, B, T + A)
-    start_B = jnp.zeros_like(length_B)
-    hidden, cache = llama_cached(params, cfg, prompt_BxT, start_B, length_B, cache, adapters=adapters)
-    last_Bx1xD = jnp.take_along_axis(hidden, (length_B - 1)[:, None, None], axis=1)
+    prefix = prompt_prefix(params, cfg, prompt_BxT, length_B, ids_BxOxA.shape[-1], adapters)
 
     def one(option: tuple[Array, Array]) -> Array:
-        ids_BxA, len_B = option
-        after, _ = llama_cached(params, cfg, ids_BxA, length_B, length_B + len_B, cache, adapters=adapters)
-        before_BxAxD = jnp.concatenate([last_Bx1xD, after[:, :-1]], axis=1)  # token a is predicted one position earlier
-        return answer_nll(llama_logits(params, cfg, before_BxAxD, adapters=adapters), ids_BxA, len_B)
+        return after_prefix(params, cfg, prefix, *option, adapters)
 
     # One option at a time: logits of A x V for every option at once would outgrow the model's own memory.
     return jax.lax.map(one, (jnp.swapaxes(ids_BxOxA, 0, 1), len_BxO.T)).T
@@ -139,11 +167,12 @@ def evaluate_batch(
         "reader_len_BxK": batch["reader_len_BxK"][:, :0],
     }
     bare_BxT, bare_len_B, _ = read_prompt(
-        bare, total=1 + batch["question_ids_BxS"].shape[1], bos_id=ids.bos, pad_id=ids.pad
+        bare, total=reading_width(bare, max_length, 0, ids.begin), bos_id=ids.begin, pad_id=ids.pad
     )
     answer_Bx1xA, answer_len_Bx1 = batch["option_ids_BxOxA"][:, :1], batch["option_len_BxO"][:, :1]
     none_Bx1 = score(bare_BxT, bare_len_B, answer_Bx1xA, answer_len_Bx1)
-    tokens_BxA, made_B = generate(params, cfg, prompt_BxT, length_B, max_new=A, eos_id=ids.eos, adapters=adapters)
+    asked: dict[str, Any] = {"max_new": A, "eos_id": ids.eos, "stops": ids.stops, "adapters": adapters}
+    tokens_BxA, made_B = generate(params, cfg, prompt_BxT, length_B, **asked)
     found = {"nll": nll_BxO, "nll_none": none_Bx1[:, 0], "tokens": tokens_BxA, "made": made_B, "dropped": dropped_B}
     # On every device, so that each host of a pod can read all of them.
     return found if replicated is None else jax.lax.with_sharding_constraint(found, replicated)
@@ -154,7 +183,8 @@ def _after_passages(
 ) -> tuple[Array, tuple[Array, Array, Array]]:
     """Likelihoods of all continuations after the passages and the question, ``nll_BxO``, and the prompt itself."""
     A = batch["option_ids_BxOxA"].shape[-1]
-    prompt = read_prompt(batch, total=reading_width(batch, most, A) - A, bos_id=ids.bos, pad_id=ids.pad)
+    total = reading_width(batch, most, A, ids.begin) - A
+    prompt = read_prompt(batch, total=total, bos_id=ids.begin, pad_id=ids.pad)
     options = batch["option_ids_BxOxA"], batch["option_len_BxO"]
     return continuation_nll(params, cfg, prompt[0], prompt[1], *options, adapters=adapters), prompt
 

@@ -7,10 +7,10 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
-from etils import epath
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +20,7 @@ from jmlr_jax.evaluation.figures import accuracy_figure, arm_name, retriever_fig
 from jmlr_jax.evaluation.seed_run import SeedRun, curves_by_metric, read_run, seed_folders
 from jmlr_jax.evaluation.summary import summarise
 from jmlr_jax.evaluation.trust_figures import cost_figure, reliability_figure, risk_figure
-from jmlr_jax.files import replacing, write_text
+from jmlr_jax.files import local_path, replacing, write_text
 from jmlr_jax.parallel import distributed
 
 PathLike = str | os.PathLike[str]
@@ -28,13 +28,20 @@ _EXAMPLES = 12
 
 
 def report(
-    run_dir: PathLike, split: str = "test", *, resamples: int = 2000, max_risk: float = 0.2, quiet: bool = False
-) -> epath.Path:
-    """Writes ``report.json``, ``report.html`` and the figures into the run directory and prints the table of arms.
+    run_dir: PathLike,
+    split: str = "test",
+    *,
+    out: PathLike | None = None,
+    resamples: int = 2000,
+    max_risk: float = 0.2,
+    quiet: bool = False,
+) -> Path:
+    """Writes ``report.json``, ``report.html`` and the figures and prints the table of arms.
 
     Args:
-      run_dir: a run directory, or one that holds several as ``seed_*``. Local or ``gs://``.
+      run_dir: a run directory, or one that holds several as ``seed_*``; it is only read where `out` is given.
       split: which evaluations, ``dev`` or ``test``.
+      out: where to write, made if it is not there; the run directory if not given.
       resamples: bootstrap samples of every interval.
       max_risk: fraction of given answers that may be wrong, for the threshold of abstention.
       quiet: prints nothing.
@@ -46,7 +53,8 @@ def report(
       JmlrError: the directory does not exist.
       ArtifactError: evaluations that do not belong together: of other questions, or of weights that are gone.
     """
-    root = epath.Path(run_dir)
+    root = local_path(run_dir)
+    place = root if out is None else local_path(out)
     if not root.is_dir():
         raise JmlrError(f"{root}: no such run directory; `jmlr run --run-dir {root}` makes one")
     runs = [read_run(folder, folder.name, split) for folder in seed_folders(root)]
@@ -61,14 +69,14 @@ def report(
     }
     for name, png in figures.items():
         if png is not None:
-            with replacing(root / name) as file:
+            with replacing(place / name) as file:
                 file.write(png)
-    write_text(root / "report.json", json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
+    write_text(place / "report.json", json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
     page = render(summary, runs, {name: png for name, png in figures.items() if png is not None})
-    write_text(root / "report.html", page)
+    write_text(place / "report.html", page)
     if not quiet:
         _print(summary, distributed.console(out=True))
-    return root / "report.html"
+    return place / "report.html"
 
 
 def render(summary: Mapping[str, Any], runs: Sequence[SeedRun], figures: Mapping[str, bytes]) -> str:

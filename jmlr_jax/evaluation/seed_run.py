@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from etils import epath
 
 from jmlr_jax.config import ArmName
 from jmlr_jax.config_io import RESOLVED_NAME
+from jmlr_jax.data.batches import CARD
 from jmlr_jax.evaluation.evaluate import QUESTIONS, SUMMARY
 from jmlr_jax.evaluation.figures import WARMUP, Curve
-from jmlr_jax.run.artifact import ArtifactError, Recipe, refuse
-from jmlr_jax.run.weights import COST, INITIAL
+from jmlr_jax.files import read_sealed
+from jmlr_jax.run.artifact import ArtifactError, Recipe, check_files, refuse
+from jmlr_jax.run.checks import CHECKS, file_sum, read_checks
+from jmlr_jax.run.weights import COST, INITIAL, METRICS
 
 ARMS: tuple[str, ...] = get_args(ArmName)
 
@@ -51,7 +53,7 @@ class SeedRun:
         return tuple(self.curves)
 
 
-def read_run(folder: epath.Path, name: str, split: str) -> SeedRun:
+def read_run(folder: Path, name: str, split: str) -> SeedRun:
     """Reads one run directory; see :class:`SeedRun`."""
     run = SeedRun(name)
     config = folder / RESOLVED_NAME
@@ -60,7 +62,8 @@ def read_run(folder: epath.Path, name: str, split: str) -> SeedRun:
     else:
         run.missing.append(f"{name}: {RESOLVED_NAME}")
     results = folder / "eval" / split
-    _check_together(Path(folder), split)
+    _check_whole(folder, split)
+    _check_together(folder, split)
     run.initial = _read_json(results / INITIAL / SUMMARY, run)
     run.timing = _read_json(folder / "timing.json", run)
     run.prepare = _read_json(folder / "data" / "prepare.json", run)
@@ -78,9 +81,9 @@ def read_run(folder: epath.Path, name: str, split: str) -> SeedRun:
     return run
 
 
-def _alike(folder: epath.Path, split: str, arm: str, run: SeedRun) -> bool:
+def _alike(folder: Path, split: str, arm: str, run: SeedRun) -> bool:
     """Whether an arm's dev evaluation is of the weights and readings of the split's; if not, it is listed."""
-    made = [Recipe.read(Path(folder) / "eval" / name / arm) for name in ("dev", split)]
+    made = [Recipe.read(folder / "eval" / name / arm) for name in ("dev", split)]
     parts = [{} if one is None else {**one.keys, **one.inputs} for one in made]
     # What only one of them lists belongs to a probe; probes change no answer.
     both = {name for name in parts[0].keys() & parts[1].keys() if not name.startswith("eval.")}
@@ -88,6 +91,22 @@ def _alike(folder: epath.Path, split: str, arm: str, run: SeedRun) -> bool:
         other = f"{', '.join(differ)} differ, so nothing is calibrated on it; run `jmlr eval eval.split=dev`"
         run.missing.append(f"{run.name}: dev/{arm} ({other})")
     return not differ
+
+
+def _check_whole(folder: Path, split: str) -> None:
+    """Refuses evaluations, statistics and curves that are not as they were written."""
+    for name in dict.fromkeys((split, "dev")):
+        for arm in (*ARMS, INITIAL):
+            if Recipe.read(folder / "eval" / name / arm) is not None:
+                check_files(folder / "eval" / name / arm)
+    if Recipe.read(folder / "data") is not None:
+        check_files(folder / "data", only=(CARD,))
+    for phase in sorted(path.parent for path in folder.glob(f"arms/*/{CHECKS}")):
+        if (phase / "weights").exists() and read_checks(phase)["metrics"] != file_sum(phase / METRICS):
+            raise ArtifactError(
+                f"{phase / METRICS}: changed since it was written; bring it back from a copy, or remove {phase} to "
+                "train it again"
+            )
 
 
 def _check_together(folder: Path, split: str) -> None:
@@ -113,11 +132,11 @@ def _chosen(part: Mapping[str, Any], split: str = "") -> dict[str, Any]:
     return {name: value for name, value in part.items() if name in names}
 
 
-def seed_folders(root: epath.Path) -> list[epath.Path]:
+def seed_folders(root: Path) -> list[Path]:
     """Run directories of the seeds in a directory, or itself."""
     folders = [path for path in root.iterdir() if path.name.startswith("seed_") and path.is_dir()]
 
-    def order(path: epath.Path) -> tuple[float, str]:
+    def order(path: Path) -> tuple[float, str]:
         number = path.name.removeprefix("seed_")
         return (float(number) if number.isdecimal() else math.inf, path.name)
 
@@ -133,13 +152,15 @@ def _expected_arms(config: str) -> tuple[str, ...]:
     return tuple(arm for arm in ARMS if arm in named)
 
 
-def _read_json(path: epath.Path, run: SeedRun) -> dict[str, Any]:
+def _read_json(path: Path, run: SeedRun) -> dict[str, Any]:
     place = f"{run.name}: {path.parent.name}/{path.name}"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and "sha256" in content:
+            content = read_sealed(path)
     except FileNotFoundError:
         run.missing.append(place)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         run.missing.append(f"{place} (not readable: {error})")
     else:
         if isinstance(content, dict):
@@ -148,10 +169,11 @@ def _read_json(path: epath.Path, run: SeedRun) -> dict[str, Any]:
     return {}
 
 
-def _read_jsonl(path: epath.Path, run: SeedRun) -> list[dict[str, Any]]:
+def _read_jsonl(path: Path, run: SeedRun) -> list[dict[str, Any]]:
     place = f"{run.name}: {path.parent.name}/{path.name}"
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # answers may hold U+2028, at which splitlines() cuts
+        # At newlines alone: answers may hold U+2028, at which splitlines() cuts.
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         run.missing.append(place)
         return []
@@ -160,7 +182,7 @@ def _read_jsonl(path: epath.Path, run: SeedRun) -> list[dict[str, Any]]:
     for line in filter(str.strip, lines):
         try:
             row = json.loads(line)
-        except ValueError:  # a run stopped in the middle of a line
+        except (ValueError, RecursionError):  # a run stopped in the middle of a line
             row = None
         if isinstance(row, dict):
             rows.append(row)

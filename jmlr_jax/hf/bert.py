@@ -1,6 +1,8 @@
-"""Key tables of the retriever: BertModel, and ColBERT's linear map after it."""
+"""Key tables of the retriever: BertModel or ModernBertModel, and ColBERT's linear map after it."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from jmlr_jax.config_models import BertConfig
 from jmlr_jax.hf.table import Row
@@ -8,12 +10,34 @@ from jmlr_jax.hf.table import Row
 PROJECTION = "linear.weight"
 POSITION_IDS = "embeddings.position_ids"
 _LAYER = "encoder.layer.{}."
+# Under which name a class around the trunk holds it.
+PREFIX = {"bert": "bert.", "modernbert": "model."}
 # Heads of pre-training and the pooled [CLS] vector: late interaction reads neither.
-_UNUSED = ("pooler.dense.", "cls.predictions.", "cls.seq_relationship.")
+_UNUSED = ("pooler.dense.", "cls.predictions.", "cls.seq_relationship.", "head.dense.", "head.norm.", "decoder.")
 
 
 def bert_rows(cfg: BertConfig) -> tuple[Row, ...]:
-    """One row for each leaf of ``init_bert(cfg, ...)``; keys as in BertModel."""
+    """One row for each leaf of ``init_bert(cfg, ...)``; keys as in BertModel or ModernBertModel."""
+    return _modern_rows(cfg) if cfg.block == "modernbert" else _bert_rows()
+
+
+def _modern_rows(cfg: BertConfig) -> tuple[Row, ...]:
+    rows = [
+        Row("word", "embeddings.tok_embeddings.weight", "v d -> v d"),
+        Row("embed_norm", "embeddings.norm.weight", "d -> d"),
+        Row("final_norm", "final_norm.weight", "d -> d"),
+        Row("layers.qkv", "layers.{}.attn.Wqkv.weight", "(p h e) d -> d p h e"),
+        Row("layers.o", "layers.{}.attn.Wo.weight", "d (h e) -> h e d"),
+        Row("layers.mlp_norm", "layers.{}.mlp_norm.weight", "d -> d"),
+        Row("layers.up", "layers.{}.mlp.Wi.weight", "(p f) d -> d p f"),
+        Row("layers.down", "layers.{}.mlp.Wo.weight", "d f -> f d"),
+    ]
+    if cfg.num_layers > 1:
+        rows.append(Row("attn_norm", "layers.{}.attn_norm.weight", "d -> d", first=1))
+    return tuple(rows)
+
+
+def _bert_rows() -> tuple[Row, ...]:
     rows = [
         Row("word", "embeddings.word_embeddings.weight", "v d -> v d"),
         Row("position", "embeddings.position_embeddings.weight", "p d -> p d"),
@@ -40,16 +64,16 @@ def bert_rows(cfg: BertConfig) -> tuple[Row, ...]:
 
 def colbert_rows(cfg: BertConfig) -> tuple[Row, ...]:
     """One row for each leaf of ``init_colbert(...)``; the keys that :func:`canonical` gives."""
-    trunk = [Row(f"bert.{row.path}", row.key, row.text) for row in bert_rows(cfg)]
+    trunk = [replace(row, path=f"bert.{row.path}") for row in bert_rows(cfg)]
     return (*trunk, Row("projection", PROJECTION, "c d -> d c"))
 
 
 def canonical(key: str) -> str | None:
-    """The table's name of a key, whether the trunk stands alone or under ``bert.``; None if known and not needed.
+    """The table's name of a key, whether the trunk stands alone or in a class of its own; None if known and not needed.
 
     Old checkpoints call the scale and shift of a layer norm gamma and beta.
     """
-    name = key.removeprefix("bert.")
+    name = key.removeprefix("bert.").removeprefix("model.")
     if name == POSITION_IDS or name.startswith(_UNUSED):
         return None
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")

@@ -9,10 +9,10 @@ from typing import Any
 
 import jinja2
 import yaml
-from etils import epath
 
 from jmlr_jax.config import Config
 from jmlr_jax.config_models import LlamaConfig, RetrieverConfig
+from jmlr_jax.files import AnyPath, any_path
 
 ARM_TEXTS = {
     "jmlr": "retriever and generator trained together",
@@ -84,7 +84,7 @@ def model_card(
 
 def licence(source: str) -> str | None:
     """The licence that a model's directory states in the header of its README.md; None if it states none."""
-    readme = epath.Path(source) / "README.md"
+    readme = any_path(source) / "README.md"
     if not readme.exists():
         return None
     _, marker, rest = readme.read_text().partition("---\n")
@@ -95,14 +95,13 @@ def licence(source: str) -> str | None:
         fields = yaml.safe_load(header)
     except yaml.YAMLError:
         return None
-    if not isinstance(fields, dict) or not fields.get("license"):
-        return None
-    return str(fields.get("license_name") or fields["license"])
+    named = [fields.get(key) for key in ("license_name", "license")] if isinstance(fields, dict) else []
+    return next((name for name in named if isinstance(name, str) and name), None) if named and named[1] else None
 
 
-def copy_legal_files(source: str, folder: epath.Path) -> None:
+def copy_legal_files(source: str, folder: AnyPath) -> None:
     """Copies the licence texts of a base model, which most of them ask to go along with what is made of it."""
     for name in _LEGAL:
-        file = epath.Path(source) / name
+        file = any_path(source) / name
         if file.exists():
             (folder / name).write_bytes(file.read_bytes())

@@ -17,12 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from jmlr_jax.config_models import LlamaConfig, LoraConfig, RetrieverConfig
 from jmlr_jax.data.tokenizers import GeneratorIds
-from jmlr_jax.hf import bert, config, layouts, llama
+from jmlr_jax.files import AnyPath, any_path
+from jmlr_jax.hf import bert, config, encoder_config, layouts, llama
 from jmlr_jax.hf.io import SINGLE, HFError, Tensor, write_directory, write_file, write_json
+from jmlr_jax.hf.modules import IDENTITY, MODULES
 from jmlr_jax.hf.table import Axes, Row, leaves
 from jmlr_jax.nn.layers import Params
 from jmlr_jax.nn.lora import merge
@@ -40,7 +41,7 @@ class Lora:
 
 
 def write_generator(
-    folder: epath.Path,
+    folder: AnyPath,
     cfg: LlamaConfig,
     params: Params,
     ids: GeneratorIds,
@@ -67,14 +68,22 @@ def write_generator(
         HFError: no class of transformers computes what `cfg` describes.
     """
     write_json(folder / "config.json", config.llama_to_hf(cfg, like))
-    generation = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
+    ends = [ids.eos, *ids.stops] if ids.stops else ids.eos
+    generation = {"bos_token_id": ids.bos, "eos_token_id": ends, "pad_token_id": ids.pad}
     write_json(folder / "generation_config.json", generation | {"do_sample": False, "max_new_tokens": max_new})
     write_directory(folder, tensors_of(llama.llama_rows(cfg), params, lora), shard_bytes)
     copy_tokenizer(tokenizer, folder)
 
 
 def write_adapters(
-    folder: epath.Path, cfg: LlamaConfig, lora: Lora, base: str, base_vocab: int, tokenizer: str | os.PathLike[str]
+    folder: AnyPath,
+    cfg: LlamaConfig,
+    lora: Lora,
+    base: str,
+    base_vocab: int,
+    tokenizer: str | os.PathLike[str],
+    *,
+    nested: bool = False,
 ) -> None:
     """Adapters alone, for ``peft.PeftModel``: to be used with the very checkpoint that training began from.
 
@@ -85,9 +94,13 @@ def write_adapters(
         base: directory or name of that checkpoint.
         base_vocab: rows of its embedding. An adapter of the head loses those beyond them, which were padding.
         tokenizer: directory of the tokenizer, copied.
+        nested: the checkpoint holds the decoder beside a part that sees images, whose projections have the same names.
     """
     rows = [row for row in llama.llama_rows(cfg) if row.path.removeprefix("layers.") in lora.cfg.targets]
-    modules = [row.key.removesuffix(".weight").rsplit(".", 1)[-1] for row in rows]
+    modules: list[str] | str = [row.key.removesuffix(".weight").rsplit(".", 1)[-1] for row in rows]
+    if nested:
+        rows = [replace(row, key=row.key.replace("model.", "model.language_model.", 1)) for row in rows]
+        modules = rf".*\.language_model\..*\.({'|'.join(modules)})"
     tensors = []
     for tensor in tensors_of([half for row in rows for half in _halves(row)], lora.tree):
         if "lm_head" in tensor.name and tensor.name.endswith("lora_B.weight"):
@@ -113,7 +126,7 @@ def write_adapters(
 
 
 def write_colbert(
-    folder: epath.Path,
+    folder: AnyPath,
     cfg: RetrieverConfig,
     params: Params,
     tokenizer: str | os.PathLike[str],
@@ -136,13 +149,14 @@ def write_colbert(
 
 
 def write_colbert_tensors(
-    folder: epath.Path, cfg: RetrieverConfig, tensors: Sequence[Tensor], like: Mapping[str, Any] | None
+    folder: AnyPath, cfg: RetrieverConfig, tensors: Sequence[Tensor], like: Mapping[str, Any] | None
 ) -> None:
     """:func:`write_colbert` without the tokenizer, from tensors under the names of :func:`bert.colbert_rows`."""
     if not cfg.augment_queries:
         raise HFError("colbert-ai always fills queries with [MASK]; retriever.augment_queries=false has no form there")
-    write_json(folder / "config.json", config.bert_to_hf(cfg.bert, "HF_ColBERT", like))
-    named = [t if t.name == bert.PROJECTION else replace(t, name=f"bert.{t.name}") for t in tensors]
+    write_json(folder / "config.json", encoder_config.bert_to_hf(cfg.bert, encoder_config.COLBERT, like))
+    trunk = bert.PREFIX[cfg.bert.block]
+    named = [t if t.name == bert.PROJECTION else replace(t, name=trunk + t.name) for t in tensors]
     write_directory(folder, named, SHARD_BYTES)
     conventions = {
         "query_token_id": cfg.query_marker,
@@ -161,28 +175,36 @@ def write_colbert_tensors(
 
 
 def write_pylate(
-    folder: epath.Path,
+    folder: AnyPath,
     cfg: RetrieverConfig,
     params: Params,
     tokenizer: str | os.PathLike[str],
     *,
     like: Mapping[str, Any] | None = None,
 ) -> None:
-    """A retriever for ``pylate.models.ColBERT``: a BertModel directory, and the projection as a Dense module.
+    """A retriever for ``pylate.models.ColBERT``: the trunk's directory, and the projection as a Dense module.
 
     Arguments as in :func:`write_colbert`.
     """
-    write_json(folder / "config.json", config.bert_to_hf(cfg.bert, "BertModel", like))
-    *trunk, projection = tensors_of(bert.colbert_rows(cfg.bert), params)
+    write_pylate_tensors(folder, cfg, tensors_of(bert.colbert_rows(cfg.bert), params), like)
+    copy_tokenizer(tokenizer, folder)
+
+
+def write_pylate_tensors(
+    folder: AnyPath, cfg: RetrieverConfig, tensors: Sequence[Tensor], like: Mapping[str, Any] | None
+) -> None:
+    """:func:`write_pylate` without the tokenizer, from tensors under the names of :func:`bert.colbert_rows`."""
+    write_json(folder / "config.json", encoder_config.bert_to_hf(cfg.bert, like=like))
+    *trunk, projection = tensors
     write_directory(folder, trunk, SHARD_BYTES)
     dense = folder / "1_Dense"
     dense.mkdir()
     write_file(dense / SINGLE, [projection])
     described = {"in_features": cfg.bert.hidden_size, "out_features": cfg.dim, "bias": False, "use_residual": False}
-    write_json(dense / "config.json", described | {"activation_function": layouts.IDENTITY})
+    write_json(dense / "config.json", described | {"activation_function": IDENTITY})
     modules = [("", "sentence_transformers.models.Transformer"), (dense.name, layouts.PYLATE_DENSE)]
     listed = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)]
-    write_json(folder / layouts.MODULES, listed)
+    write_json(folder / MODULES, listed)
     longest = max(cfg.query_length, cfg.passage_length)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False})
     conventions = {
@@ -197,12 +219,11 @@ def write_pylate(
         "do_query_expansion": cfg.augment_queries,
     }
     write_json(folder / layouts.PYLATE_CARD, conventions)
-    copy_tokenizer(tokenizer, folder)
 
 
-def copy_tokenizer(source: str | os.PathLike[str], folder: epath.Path) -> None:
+def copy_tokenizer(source: str | os.PathLike[str], folder: AnyPath) -> None:
     """Copies the files of a tokenizer's directory."""
-    for file in epath.Path(source).iterdir():
+    for file in any_path(source).iterdir():
         if not file.is_dir():
             with file.open("rb") as read, (folder / file.name).open("wb") as write:
                 shutil.copyfileobj(read, write)
@@ -223,7 +244,7 @@ def tensors_of(rows: Sequence[Row], params: Params, lora: Lora | None = None) ->
         shape = row.axes.their_shape(leaf.shape[1:] if row.layered else leaf.shape)
         for layer in range(leaf.shape[0]) if row.layered else range(1):
             read = partial(_fetch, row, leaf, layer, lora)
-            tensors.append(Tensor(row.key.format(layer), np.dtype(leaf.dtype), shape, read))
+            tensors.append(Tensor(row.key.format(layer + row.first), np.dtype(leaf.dtype), shape, read))
     return tensors
 
 

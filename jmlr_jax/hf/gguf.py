@@ -29,12 +29,15 @@ class _Architecture:
     """How a ``general.architecture`` is written.
 
     `tensors`: a key of the Hugging Face checkpoint -> the name there, ``{}`` being the layer. `paired`: names whose
-    rows lie in the pairs that the rotary embedding turns; the value says which heads.
+    rows lie in the pairs that the rotary embedding turns; the value says which heads. `raised`: whether norms are
+    stored with the one that the model adds to them. `fields`: read where they are there, beside those of all.
     """
 
     hf_class: str
     tensors: Mapping[str, str]
     paired: Mapping[str, str]
+    raised: bool = False
+    fields: frozenset[str] = frozenset()
 
 
 _HEADS, _KV_HEADS = "num_attention_heads", "num_key_value_heads"
@@ -52,10 +55,20 @@ _LLAMA_TENSORS = {
     "model.layers.{}.mlp.up_proj.weight": "blk.{}.ffn_up.weight",
     "model.layers.{}.mlp.down_proj.weight": "blk.{}.ffn_down.weight",
 }
-# Mistral's files say llama too. Of Gemma 3, Qwen 2 and 3 (more tensors, no pairs) there is no row yet.
+_GEMMA3_TENSORS = _LLAMA_TENSORS | {
+    "model.layers.{}.self_attn.q_norm.weight": "blk.{}.attn_q_norm.weight",
+    "model.layers.{}.self_attn.k_norm.weight": "blk.{}.attn_k_norm.weight",
+    "model.layers.{}.post_attention_layernorm.weight": "blk.{}.post_attention_norm.weight",
+    "model.layers.{}.pre_feedforward_layernorm.weight": "blk.{}.ffn_norm.weight",
+    "model.layers.{}.post_feedforward_layernorm.weight": "blk.{}.post_ffw_norm.weight",
+}
+# Mistral's files say llama too. Of Qwen 2 and 3 (more tensors, no pairs) there is no row yet.
 _ARCHITECTURES = {
     "llama": _Architecture(
         "LlamaForCausalLM", _LLAMA_TENSORS, {"blk.{}.attn_q.weight": _HEADS, "blk.{}.attn_k.weight": _KV_HEADS}
+    ),
+    "gemma3": _Architecture(
+        "Gemma3ForCausalLM", _GEMMA3_TENSORS, {}, raised=True, fields=frozenset({"attention.sliding_window"})
     ),
 }
 # Fields of an architecture, under its name. Stated by every file:
@@ -91,7 +104,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFModel:
     """Reads what a GGUF file says; its tensors are read and dequantised one by one, when their turn comes.
 
     Args:
-        path: a file on a local disk with the whole model; ``general.architecture`` is llama.
+        path: a file on a local disk with the whole model; ``general.architecture`` is llama or gemma3.
 
     Raises:
         HFError: the file is damaged, or a field, tensor, quantisation or tokenizer is not read here; all are named.
@@ -125,7 +138,7 @@ def _config(file: GGUFFile, name: str, made: _Architecture) -> dict[str, Any]:
             faults.append(f"{name}.{key} is {value!r}; only {_FIXED[key]!r} is computed here")
         elif isinstance(value, list) or (key in _SIZES and not (isinstance(value, int) and value > 0)):
             faults.append(f"{name}.{key} is {value!r}; computed here is one positive number for all layers")
-        elif key not in {*_SIZES, *_OPTIONAL, *_HARMLESS, *_FIXED}:
+        elif key not in {*_SIZES, *_OPTIONAL, *_HARMLESS, *_FIXED, *made.fields}:
             faults.append(f"{name}.{key} is not known here, so nobody can say whether it changes the computation")
     if "token_embd.weight" not in file.tensors:
         faults.append("token_embd.weight is missing")
@@ -144,10 +157,10 @@ def _config(file: GGUFFile, name: str, made: _Architecture) -> dict[str, Any]:
         )
     rope, rope_faults = _rope(file, said, name)
     _stop(faults + rope_faults, file)
+    own = _gemma3(said, rope) if name == "gemma3" else {"hidden_act": "silu", "mlp_bias": False}
     return {
         "architectures": [made.hf_class],
         "model_type": config.DECODERS[made.hf_class].model_type,
-        "hidden_act": "silu",
         **{hf: said[key] for key, hf in _SIZES.items()},
         _KV_HEADS: said.get("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -156,7 +169,26 @@ def _config(file: GGUFFile, name: str, made: _Architecture) -> dict[str, Any]:
         "rope_parameters": rope,
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": False,
-        "mlp_bias": False,
+        **own,
+    }
+
+
+def _gemma3(said: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file of Gemma 3 leaves to whoever runs it: kinds of layers, their rotations, the scale of scores.
+
+    Of the largest model, which alone has 62 layers, scores are divided by the root of width over heads.
+    """
+    heads, layers = said["attention.head_count"], said["block_count"]
+    width = said["embedding_length"] // heads
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": width if layers == 62 else said.get("attention.key_length", width),
+        "sliding_window": said.get("attention.sliding_window"),
+        "layer_types": ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(layers)],
+        "rope_parameters": {
+            "full_attention": dict(rope),
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
     }
 
 
@@ -199,7 +231,7 @@ def _entries(file: GGUFFile, made: _Architecture, raw: Mapping[str, Any]) -> dic
         if entry.shape != needed:
             faults.append(f"{there} has shape {list(entry.shape)} where its fields ask for {list(needed)}")
         heads = raw[made.paired[template[key][0]]] if template[key][0] in made.paired else 0
-        entries[key] = replace(entry, heads=heads)
+        entries[key] = replace(entry, heads=heads, raised=made.raised and there.endswith("norm.weight"))
     if faults:
         _stop([f"tensors do not fit the model that its fields describe: {'; '.join(faults)}; {_ELSEWHERE}"], file)
     return entries

@@ -19,10 +19,9 @@ from typing import Any
 
 import gguf
 import numpy as np
-from etils import epath
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from jmlr_jax.files import check_local
+from jmlr_jax.files import AnyPath, any_path, check_local
 from jmlr_jax.hf.io import Entry, HFError
 
 MAGIC = b"GGUF"
@@ -49,11 +48,14 @@ class GGUFEntry(Entry):
     """One tensor. `dtype` is what :meth:`read` gives: the stored one, or ``F32`` of what is quantised."""
 
     kind: GGMLQuantizationType = GGMLQuantizationType.F32
+    raised: bool = False  # stored with one added, which read() takes off again
     heads: int = 0  # if not 0, the rows of each of so many heads lie in pairs (e, e + width/2); read() parts them
 
     def read(self) -> np.ndarray:
         """The tensor, dequantised in pieces, its rows in the order of Hugging Face checkpoints."""
         value = super().read() if self.kind.name in _PLAIN else self._dequantised()
+        if self.raised:
+            value = np.asarray(value - np.ones((), value.dtype))
         if not self.heads:
             return value
         paired = value.reshape(self.heads, -1, 2, *self.shape[1:])
@@ -75,14 +77,14 @@ class GGUFEntry(Entry):
 class GGUFFile:
     """What a file says: `fields` by name as Python values, `tensors` by the names of the format."""
 
-    path: epath.Path
+    path: AnyPath
     fields: dict[str, Any]
     tensors: dict[str, GGUFEntry]
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
     """Whether this is a file that begins as GGUF does; its name does not matter."""
-    file = epath.Path(path)
+    file = any_path(path)
     if not file.is_file():
         return False
     with file.open("rb") as stream:
@@ -97,7 +99,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
             is not read here; names it, the field or tensor, and what to do.
         PlaceError: the file is in a bucket.
     """
-    file = epath.Path(check_local(os.fspath(path)))
+    file = any_path(check_local(os.fspath(path)))
     if not is_gguf(file):
         raise HFError(f"{file}: not a GGUF file, which would begin with {MAGIC.decode()}; {_REMEDY}")
     with open(os.fspath(file), "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -115,7 +117,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
 class _Cursor:
     """Reads one value after the other; running out of bytes is the file's fault."""
 
-    def __init__(self, data: mmap.mmap, file: epath.Path) -> None:
+    def __init__(self, data: mmap.mmap, file: AnyPath) -> None:
         self.data, self.file, self.at = data, file, len(MAGIC)
 
     def _take(self, size: int) -> int:

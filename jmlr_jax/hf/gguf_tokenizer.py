@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file: byte-level BPE, from ``tokenizer.ggml.*``."""
+"""The tokenizer inside a GGUF file, from ``tokenizer.ggml.*``: byte-level BPE, or SentencePiece's without a prefix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from jmlr_jax.hf.gguf_file import GGUFFile
 from jmlr_jax.hf.io import HFError
 
 _ELSEWHERE = "import the model's Hugging Face directory instead"
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # of tokenizer.ggml.token_type
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # of tokenizer.ggml.token_type
+_SPACE = "\u2581"  # as SentencePiece writes it
 _SPECIALS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # Hugging Face's name -> the format's
 
 
@@ -46,23 +47,36 @@ def tokenizer_of(file: GGUFFile) -> PreTrainedTokenizerFast:
     """The tokenizer of a file: ids, special tokens, how text is split, chat template.
 
     Raises:
-        HFError: it is not byte-level BPE, splits text in a way that is not known here, or is incomplete.
+        HFError: it is of another kind, splits text in a way that is not known here, or is incomplete.
     """
     said = {key.removeprefix("tokenizer.ggml."): value for key, value in file.fields.items()}
     where = f"{file.path}: tokenizer.ggml"
+    if said.get("model") == "llama" and not said.get("add_space_prefix", True):
+        return _finished(_sentencepiece(said, where), said, file, where, begins=True)
     if said.get("model") != "gpt2":
         raise HFError(
-            f"{where}.model is {said.get('model')!r}; read here is 'gpt2', which is byte-level BPE: {_ELSEWHERE}"
+            f"{where}.model is {said.get('model')!r}; read here is 'gpt2', which is byte-level BPE, and 'llama', which "
+            f"is SentencePiece's, with add_space_prefix false: {_ELSEWHERE}"
         )
     pre = _SAME.get(str(said.get("pre")), str(said.get("pre")))
     if pre not in _PRE:
         stated = f"is {pre!r}" if "pre" in said else "is missing"
         known = ", ".join(sorted({*_PRE, *_SAME}))
         raise HFError(f"{where}.pre {stated}, so how text is split is not known; known are {known}: {_ELSEWHERE}")
-    engine = _engine(said, pre, where)
+    return _finished(_engine(said, pre, where), said, file, where, begins=pre in _WHOLE_WORDS)
+
+
+def _finished(
+    engine: Tokenizer, said: Mapping[str, Any], file: GGUFFile, where: str, *, begins: bool
+) -> PreTrainedTokenizerFast:
+    """The tokenizer around its engine: special tokens by their names, those that text begins and ends with, template.
+
+    Args:
+        begins: whether text begins with the begin token where the file does not say.
+    """
     tokens, ids = said["tokens"], special_ids(file)
     named = {f"{name}_token": tokens[ids[f"{name}_token_id"]] for name in _SPECIALS if f"{name}_token_id" in ids}
-    ends = {"bos": said.get("add_bos_token", pre in _WHOLE_WORDS), "eos": said.get("add_eos_token", False)}
+    ends = {"bos": said.get("add_bos_token", begins), "eos": said.get("add_eos_token", False)}
     if lost := [name for name, added in ends.items() if added and f"{name}_token" not in named]:
         raise HFError(f"{where}.{lost[0]}_token_id is missing, and the token is to be added; convert the model again")
     first, last = ([named[f"{name}_token"]] if added else [] for name, added in ends.items())
@@ -95,14 +109,57 @@ def special_ids(file: GGUFFile) -> dict[str, int]:
     return ids
 
 
-def _engine(said: Mapping[str, Any], pre: str, where: str) -> Tokenizer:
-    """Vocabulary, merges and splitting; special tokens are known as such."""
-    missing = [f"{where}.{key} is missing" for key in ("tokens", "merges", "token_type") if key not in said]
+def _sentencepiece(said: Mapping[str, Any], where: str) -> Tokenizer:
+    """BPE over characters, spaces written as ``\u2581``, what it has no token for as bytes.
+
+    A file has no merges, only a score for every token: of all neighbours that a token joins, those with the highest
+    score are joined first.
+    """
+    tokens, kinds = _tokens(said, ("tokens", "scores", "token_type"), where)
+    ids = {token: number for number, token in enumerate(tokens)}
+    if len(ids) < len(tokens):
+        raise HFError(f"{where}.tokens holds a token twice; convert the model again")
+    joined = [
+        (-said["scores"][number], ids[token[:at]], ids[token[at:]])
+        for number, token in enumerate(tokens)
+        if kinds[number] == _NORMAL
+        for at in range(1, len(token))
+        if token[:at] in ids and token[at:] in ids
+    ]
+    merges = [(tokens[left], tokens[right]) for _, left, right in sorted(joined)]
+    unknown = said.get("unknown_token_id")
+    name = None if unknown is None else tokens[unknown]
+    engine = Tokenizer(models.BPE(vocab=ids, merges=merges, byte_fallback=True, unk_token=name, fuse_unk=True))
+    engine.normalizer = normalizers.Replace(" ", _SPACE)
+    engine.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    engine.add_tokens(_added(tokens, kinds))
+    return engine
+
+
+def _tokens(said: Mapping[str, Any], needed: tuple[str, ...], where: str) -> tuple[list[str], list[int]]:
+    """Tokens and their types; HFError if a field that is needed is missing or has another length."""
+    missing = [f"{where}.{key} is missing" for key in needed if key not in said]
     if missing:
         raise HFError("\n".join(f"{fault}: {_ELSEWHERE}" for fault in missing))
     tokens, kinds = said["tokens"], said["token_type"]
-    if len(kinds) != len(tokens):
-        raise HFError(f"{where}.token_type has {len(kinds)} entries, tokens {len(tokens)}; convert the model again")
+    for key in ("token_type", "scores"):
+        if key in needed and len(said[key]) != len(tokens):
+            raise HFError(f"{where}.{key} has {len(said[key])} entries, tokens {len(tokens)}; convert the model again")
+    return tokens, kinds
+
+
+def _added(tokens: list[str], kinds: list[int]) -> list[AddedToken]:
+    """Tokens that are taken out of a text before all else."""
+    return [
+        AddedToken(token, normalized=False, special=kind == _CONTROL)
+        for token, kind in zip(tokens, kinds, strict=True)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+
+
+def _engine(said: Mapping[str, Any], pre: str, where: str) -> Tokenizer:
+    """Vocabulary, merges and splitting; special tokens are known as such."""
+    tokens, kinds = _tokens(said, ("tokens", "merges", "token_type"), where)
     # Unused rows, which only fill up the embedding, are no tokens.
     vocabulary = {token: number for number, token in enumerate(tokens) if kinds[number] != _UNUSED}
     if len(vocabulary) < len(tokens) - kinds.count(_UNUSED):
@@ -116,11 +173,5 @@ def _engine(said: Mapping[str, Any], pre: str, where: str) -> Tokenizer:
         engine.normalizer = normalizers.NFC()
     engine.pre_tokenizer = pre_tokenizers.Sequence(_PRE[pre])
     engine.decoder = decoders.ByteLevel()
-    engine.add_tokens(
-        [
-            AddedToken(token, normalized=False, special=kind == _CONTROL)
-            for token, kind in zip(tokens, kinds, strict=True)
-            if kind in (_CONTROL, _USER_DEFINED)
-        ]
-    )
+    engine.add_tokens(_added(tokens, kinds))
     return engine

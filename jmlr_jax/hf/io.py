@@ -13,15 +13,14 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from jmlr_jax.errors import JmlrError
-from jmlr_jax.files import any_path
+from jmlr_jax.files import AnyPath, any_path
 from jmlr_jax.parallel.progress import track
 
 INDEX = "model.safetensors.index.json"
@@ -37,6 +36,7 @@ DTYPES: dict[str, Any] = FLOATS | {
     "BOOL": np.bool_,
 }
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+MAX_JSON = 1 << 28  # bytes
 _LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 
 
@@ -48,7 +48,7 @@ class HFError(JmlrError, ValueError):
 class Entry:
     """One tensor: where its bytes are. `dtype` is the format's name for it, e.g. ``BF16``."""
 
-    file: epath.Path
+    file: AnyPath
     dtype: str
     shape: tuple[int, ...]
     start: int  # from the beginning of the file
@@ -79,7 +79,7 @@ def read_header(file: str | os.PathLike[str]) -> dict[str, Entry]:
     Raises:
         HFError: the file is truncated, damaged, or no safetensors file.
     """
-    path = epath.Path(file)
+    path = any_path(file)
     total = path.stat().length
     remedy = "download or export it again"
     with path.open("rb") as stream:
@@ -91,7 +91,7 @@ def read_header(file: str | os.PathLike[str]) -> dict[str, Entry]:
             raise HFError(f"{path}: truncated within its header ({total} bytes of at least {8 + length}); {remedy}")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise HFError(f"{path}: its header is not JSON ({error}); {remedy}") from error
     if not isinstance(header, dict):
         raise HFError(f"{path}: its header is not a table of tensors; {remedy}")
@@ -125,7 +125,7 @@ def read_directory(directory: str | os.PathLike[str]) -> dict[str, Entry]:
         HFError: no safetensors there (pickled weights are refused), a tensor in two files, or an index that disagrees
             with its files.
     """
-    folder = epath.Path(directory)
+    folder = any_path(directory)
     if not folder.is_dir():
         raise HFError(f"{folder}: no such directory")
     if not (folder / INDEX).exists():
@@ -138,7 +138,7 @@ def read_directory(directory: str | os.PathLike[str]) -> dict[str, Entry]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise HFError(f"{folder / INDEX}: no weight_map from tensors to files")
-    strange = sorted({name for name in weight_map.values() if epath.Path(name).name != name})
+    strange = sorted({name for name in weight_map.values() if PurePosixPath(name).name != name})
     if strange:
         raise HFError(f"{folder / INDEX}: names files outside the directory: {', '.join(strange)}")
     files = sorted(set(weight_map.values()))
@@ -162,12 +162,14 @@ def read_directory(directory: str | os.PathLike[str]) -> dict[str, Entry]:
 
 def read_json(file: str | os.PathLike[str], kind: type = dict) -> Any:
     """A JSON object, or the list that `kind` asks for; raises HFError naming the file where there is none."""
-    path = epath.Path(file)
+    path = any_path(file)
     if not path.exists():
         raise HFError(f"{path}: no such file")
+    if path.stat().length > MAX_JSON:
+        raise HFError(f"{path}: has {path.stat().length:,} bytes; no file of its kind needs more than {MAX_JSON:,}")
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise HFError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, kind):
         raise HFError(f"{path}: expected a JSON {'object' if kind is dict else 'list'}")
@@ -195,7 +197,7 @@ def write_directory(directory: str | os.PathLike[str], tensors: Sequence[Tensor]
     Raises:
         ValueError: two tensors of one name, or a value that is not of its stated shape and dtype.
     """
-    folder = epath.Path(directory)
+    folder = any_path(directory)
     shards: list[list[Tensor]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(t.size for t in shards[-1]) + tensor.size > shard_bytes:
@@ -224,10 +226,10 @@ def write_file(file: str | os.PathLike[str], tensors: Sequence[Tensor]) -> None:
         header[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with epath.Path(file).open("wb") as stream:
+    with any_path(file).open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)))
         stream.write(text)
-        for tensor in track(tensors, len(tensors), f"writing {epath.Path(file).name}", "tensors"):
+        for tensor in track(tensors, len(tensors), f"writing {any_path(file).name}", "tensors"):
             value = np.ascontiguousarray(tensor.read()).reshape(tensor.shape)
             if value.dtype != tensor.dtype:
                 raise ValueError(f"{tensor.name} is {value.dtype}, not {tensor.dtype}")
@@ -236,11 +238,11 @@ def write_file(file: str | os.PathLike[str], tensors: Sequence[Tensor]) -> None:
 
 def write_json(file: str | os.PathLike[str], value: Any) -> None:
     """Writes JSON as Hugging Face libraries do: indented, UTF-8, final newline."""
-    epath.Path(file).write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    any_path(file).write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextmanager
-def whole_directory(directory: str | os.PathLike[str]) -> Iterator[epath.Path]:
+def whole_directory(directory: str | os.PathLike[str]) -> Iterator[AnyPath]:
     """A folder to write into that becomes `directory` when the block ends well; nothing is left there otherwise.
 
     What a killed process leaves is a hidden sibling ending in ``.part``; the next attempt removes it.
@@ -269,7 +271,7 @@ def _bytes(dtype: str, shape: Iterable[int]) -> int:
     return math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
 
 
-def _without_weights(folder: epath.Path) -> str:
+def _without_weights(folder: AnyPath) -> str:
     """Why a directory without safetensors is refused, and what mends it."""
     names = sorted(file.name for file in folder.iterdir())
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]

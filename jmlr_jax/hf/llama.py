@@ -1,4 +1,4 @@
-"""Key table of the decoders: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM."""
+"""Key table of the decoders: Llama, Mistral, Qwen 2 and 3, Gemma 3, each as transformers' ``...ForCausalLM``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ def llama_rows(cfg: LlamaConfig) -> tuple[Row, ...]:
         Row("embed", EMBED, "v d -> v d"),
         Row("final_norm", "model.norm.weight", "d -> d"),
         Row("layers.attn_norm", _LAYER + "input_layernorm.weight", "d -> d"),
-        Row("layers.mlp_norm", _LAYER + "post_attention_layernorm.weight", "d -> d"),
         Row("layers.o", _LAYER + "self_attn.o_proj.weight", "d (h e) -> h e d"),
         Row("layers.gate", _LAYER + "mlp.gate_proj.weight", "f d -> d f"),
         Row("layers.up", _LAYER + "mlp.up_proj.weight", "f d -> d f"),
         Row("layers.down", _LAYER + "mlp.down_proj.weight", "d f -> f d"),
     ]
+    norms = {"mlp_norm": "post_attention"}
+    if cfg.block == "gemma":
+        norms = {"attn_out_norm": "post_attention", "mlp_norm": "pre_feedforward", "mlp_out_norm": "post_feedforward"}
+    rows += [Row(f"layers.{name}", f"{_LAYER}{theirs}_layernorm.weight", "d -> d") for name, theirs in norms.items()]
     for name in "qkv":
         rows.append(Row(f"layers.{name}", f"{_LAYER}self_attn.{name}_proj.weight", "(h e) d -> d h e"))
         if cfg.qkv_bias:
@@ -37,5 +40,16 @@ def llama_rows(cfg: LlamaConfig) -> tuple[Row, ...]:
 
 
 def canonical(key: str) -> str | None:
-    """The table's name of a key of a checkpoint; None if it is known and not needed."""
-    return None if _DERIVED.fullmatch(key) else key
+    """The table's name of a key of a checkpoint, whatever stands around the decoder; None if known and not needed."""
+    if _DERIVED.fullmatch(key) or is_vision(key):
+        return None
+    for prefix in ("language_model.", "model.language_model."):
+        if key.startswith(prefix):
+            name = key.removeprefix(prefix)
+            return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+    return key
+
+
+def is_vision(key: str) -> bool:
+    """Whether a tensor belongs to the part of a model that sees images, which is left out."""
+    return key.removeprefix("model.").startswith(("vision_tower.", "multi_modal_projector."))

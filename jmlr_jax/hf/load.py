@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from jmlr_jax.config_models import LlamaConfig, RetrieverConfig
+from jmlr_jax.config_models import LlamaConfig, RetrieverConfig, unattended
 from jmlr_jax.files import any_path
-from jmlr_jax.hf import bert, config, llama
+from jmlr_jax.hf import bert, config, encoder_config, llama
 from jmlr_jax.hf.io import Entry, HFError, read_directory, read_json
-from jmlr_jax.hf.layouts import Source, check_conventions, open_retriever
+from jmlr_jax.hf.layouts import Source, check_conventions, check_source, open_retriever
 from jmlr_jax.hf.table import Axes, Row, Shape, assign, gather, leaves, nest
 from jmlr_jax.nn.functional import abstract_params, logical_axes
 from jmlr_jax.nn.layers import Params, fan_in
+from jmlr_jax.parallel.distributed import console
 from jmlr_jax.parallel.progress import track
 from jmlr_jax.parallel.sharding import shardings
 
@@ -34,8 +35,8 @@ def load_generator(
     """A causal decoder from a Hugging Face directory.
 
     Args:
-        source: the directory; LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM in
-            safetensors of float32, bfloat16 or float16.
+        source: the directory, of a class in :data:`jmlr_jax.hf.config.DECODERS` or around one, in safetensors of
+            float32, bfloat16 or float16.
         asked: the user's ``generator.llama``: dtype, param_dtype, remat, and a vocabulary size if it is to be padded. A
             shape that is set must agree with the checkpoint.
         mesh: where the weights go; the first device if None.
@@ -49,12 +50,11 @@ def load_generator(
         HFError: names every field, tensor or file that does not fit.
         ShardingError: the mesh does not divide the weights.
     """
+    check_source(source)
     raw, file = read_json(any_path(source) / "config.json"), f"{source}/config.json"
     found = config.llama_from_hf(raw, file)
     cfg = config.resolve(found, asked, tokens, "generator.llama", source)
-    entries = read_directory(source)
-    if cfg.tie_embeddings:
-        entries = without_tied_head(entries, source)
+    entries = decoder_entries(read_directory(source), cfg, source)
     rows = llama.llama_rows(cfg)
     assigned = assign(rows, leaves(abstract_params(found)), entries, llama.canonical, source)
     return cfg, nest(_place_all(rows, assigned, abstract_params(cfg), logical_axes(cfg), mesh))
@@ -81,12 +81,13 @@ def load_retriever(
     """
     opened = open_retriever(source)
     check_conventions(opened, cfg)
-    found = config.bert_from_hf(opened.config, f"{source}/config.json")
+    found = encoder_config.bert_from_hf(opened.config, f"{source}/config.json")
     resolved = config.resolve(found, cfg.bert, tokens, "retriever.bert", source)
-    default = RetrieverConfig.model_fields["dim"].default
-    if opened.dim is not None and cfg.dim not in (default, opened.dim):
+    if opened.dim is not None and "dim" in cfg.model_fields_set and cfg.dim != opened.dim:
         raise HFError(f"retriever.dim={cfg.dim}, the projection of {source} has {opened.dim}; leave it out")
     cfg = cfg.model_copy(update={"bert": resolved, "dim": opened.dim or cfg.dim})
+    if fault := unattended(cfg):
+        raise HFError(f"{source}: {fault}")
     check_position_ids(opened)
 
     abstract, axes = abstract_params(cfg), logical_axes(cfg)
@@ -198,15 +199,29 @@ def _all_finite(x: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(x))
 
 
-def without_tied_head(entries: Mapping[str, Entry], source: str) -> dict[str, Entry]:
-    """Drops a head that is stored although it is tied; raises HFError if it is not the embedding."""
-    head, embed = entries.get(llama.HEAD), entries.get(llama.EMBED)
+def decoder_entries(entries: Mapping[str, Entry], cfg: LlamaConfig, source: str) -> dict[str, Entry]:
+    """The tensors of a decoder: what sees images is left out, and said to be; so is a head that is tied.
+
+    Raises:
+        HFError: a tied head that is stored and is not the embedding.
+    """
+    if vision := [key for key in entries if llama.is_vision(key)]:
+        console().print(f"{source}: left out {len(vision)} tensors that see images ({', '.join(_parts(vision))})")
+    entries = {key: entry for key, entry in entries.items() if key not in vision}
+    if not cfg.tie_embeddings:
+        return entries
+    by_name = {llama.canonical(key): entry for key, entry in entries.items()}
+    head, embed = by_name.get(llama.HEAD), by_name.get(llama.EMBED)
     if head and embed and (head.shape != embed.shape or not np.array_equal(head.read(), embed.read())):
         raise HFError(
             f"{source}: {llama.HEAD} differs from {llama.EMBED}, but config.json says tie_word_embeddings: true; "
             "if the model has a head of its own, set it to false"
         )
-    return {key: entry for key, entry in entries.items() if key != llama.HEAD}
+    return {key: entry for key, entry in entries.items() if llama.canonical(key) != llama.HEAD}
+
+
+def _parts(keys: Sequence[str]) -> list[str]:
+    return sorted({key.removeprefix("model.").partition(".")[0] + ".*" for key in keys})
 
 
 def check_position_ids(source: Source) -> None:

@@ -63,6 +63,7 @@ class Row:
     path: str
     key: str
     text: str
+    first: int = 0  # the layer that the first of our stack is
 
     @property
     def layered(self) -> bool:
@@ -119,7 +120,7 @@ def expected(rows: Sequence[Row], abstract: Mapping[str, jax.ShapeDtypeStruct]) 
     for row in rows:
         shape = abstract[row.path].shape
         for layer in range(shape[0]) if row.layered else range(1):
-            key = row.key.format(layer)
+            key = row.key.format(layer + row.first)
             if key in keys:
                 raise ValueError(f"key table: {key} stands for {keys[key][0]} and for {row.path}")
             keys[key] = (row.path, layer, row.axes.their_shape(shape[1:] if row.layered else shape))

@@ -61,16 +61,17 @@ def llm_rank_loss(score_BxM: Array, nll_BxM: Array, taken_BxM: Array, margin: fl
     """LLM-Rank, the paper's loss (method.md, step 5): pairwise logistic loss against the generator's order.
 
     For each pair i < j of taken passages the logit is ``s_i - s_j`` and the label says whether passage i has
-    the lower nll. Pairs with equal nll carry no weight; the mean is over the others. Every pair weighs the same,
-    however small its difference, so where most passages are equally useless the noise among them outvotes the few
-    pairs that matter: with a margin, pairs that differ by no more add nothing. They stay in the mean, or a question
-    with one pair above the noise would weigh as much as one with many.
+    the lower nll. Pairs with equal nll carry no weight; the mean is over the others. Every pair weighs the same, and
+    where most passages are useless, most pairs are of two that are: one misleads the reader more than the other, which
+    is no reason to retrieve either. With a margin, only pairs add something whose better passage helps: its nll is
+    below the median of the question's by more than the margin. The others stay in the mean, or a question with one
+    pair that counts would weigh as much as one with many.
 
     Args:
       score_BxM: normalised scores in [-1, 1]; the only argument with a gradient.
       nll_BxM: answer loss of each passage alone, nats per token.
       taken_BxM: bool, False for slots that hold no passage; their score and nll may be anything.
-      margin: nats per token; 0 is the paper's loss.
+      margin: nats per token; 0 is the paper's loss, in which every pair counts.
 
     Returns:
       ``loss_B`` float32; 0 for a question in which no pair counts.
@@ -167,11 +168,16 @@ def _clean(score_BxM: Array, nll_BxM: Array, taken_BxM: Array) -> tuple[Array, A
 
 
 def _pairs(nll_BxM: Array, taken_BxM: Array, margin: float) -> tuple[Array, Array]:
-    """(i better than j, the pair counts), both bool ``[B, M, M]``: i < j, both taken, nll more than margin apart."""
+    """(i better than j, the pair counts), both bool ``[B, M, M]``: i < j, both taken, another nll; and, with a margin,
+    the better one's nll below the median of those taken by more."""
     upper_MxM = jnp.triu(jnp.ones((nll_BxM.shape[1],) * 2, bool), k=1)
     both_BxMxM = taken_BxM[:, :, None] & taken_BxM[:, None, :]
-    untied_BxMxM = jnp.abs(nll_BxM[:, :, None] - nll_BxM[:, None, :]) > margin
-    return nll_BxM[:, :, None] < nll_BxM[:, None, :], upper_MxM & both_BxMxM & untied_BxMxM
+    counts_BxMxM = upper_MxM & both_BxMxM & (nll_BxM[:, :, None] != nll_BxM[:, None, :])
+    if margin > 0:
+        middle_Bx1 = jnp.nanmedian(jnp.where(taken_BxM, nll_BxM, jnp.nan), axis=1, keepdims=True)
+        helps_BxM = nll_BxM < middle_Bx1 - margin
+        counts_BxMxM &= helps_BxM[:, :, None] | helps_BxM[:, None, :]
+    return nll_BxM[:, :, None] < nll_BxM[:, None, :], counts_BxMxM
 
 
 def _log_softmax(x_BxM: Array, mask_BxM: Array) -> Array:

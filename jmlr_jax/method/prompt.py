@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from jax import Array
 
 Piece = tuple[Array, Array]  # ids int32 [B, width], length int32 [B]
+Begin = int | tuple[int, ...]
 
 
-def join_pieces(pieces: Sequence[Piece], bos_id: int, pad_id: int, total: int) -> tuple[Array, Array]:
+def join_pieces(pieces: Sequence[Piece], bos_id: Begin, pad_id: int, total: int) -> tuple[Array, Array]:
     """One right-padded row per example: BOS, then the real tokens of each piece in order.
 
     Args:
+      bos_id: what every row begins with: BOS, or in its place the opening of a chat template.
       pieces: right-padded ids with their lengths; a piece of length 0 vanishes.
       total: T, width of the result; the caller sees to it that every row fits.
 
@@ -33,8 +35,9 @@ def join_pieces(pieces: Sequence[Piece], bos_id: int, pad_id: int, total: int) -
      [1 7 9 0 0]] [4 3]
     """
     rows = pieces[0][0].shape[0]
-    ids = [jnp.full((rows, 1), bos_id, jnp.int32), *(ids for ids, _ in pieces)]
-    real = [jnp.ones((rows, 1), bool), *(jnp.arange(ids.shape[1]) < length[:, None] for ids, length in pieces)]
+    begin = jnp.atleast_1d(jnp.asarray(bos_id, jnp.int32))
+    ids = [jnp.broadcast_to(begin, (rows, len(begin))), *(ids for ids, _ in pieces)]
+    real = [jnp.ones((rows, len(begin)), bool), *(jnp.arange(ids.shape[1]) < length[:, None] for ids, length in pieces)]
     ids_BxW, real_BxW = jnp.concatenate(ids, axis=1), jnp.concatenate(real, axis=1)
     width = ids_BxW.shape[1]
     # Sorting "is padding" stably moves the real tokens to the front and keeps their order.
@@ -45,15 +48,20 @@ def join_pieces(pieces: Sequence[Piece], bos_id: int, pad_id: int, total: int) -
     return jnp.pad(tokens_BxT, ((0, 0), (0, total - tokens_BxT.shape[1])), constant_values=pad_id), length_B
 
 
-def reading_width(batch: dict[str, Array], max_length: int, answer: int) -> int:
+def begin_length(bos_id: Begin) -> int:
+    """Tokens that a prompt begins with: 1, or those of a chat template's opening."""
+    return len(bos_id) if isinstance(bos_id, tuple) else 1
+
+
+def reading_width(batch: dict[str, Array], max_length: int, answer: int, bos_id: Begin) -> int:
     """Tokens that a reading prompt of the batch can reach: BOS, K passages of L, a question of S and `answer` more, or
     `max_length` if that is less. Wider rows would hold padding alone."""
     _, K, L = batch["reader_ids_BxKxL"].shape
-    return min(max_length, 1 + K * L + batch["question_ids_BxS"].shape[1] + answer)
+    return min(max_length, begin_length(bos_id) + K * L + batch["question_ids_BxS"].shape[1] + answer)
 
 
 def read_prompt(
-    batch: dict[str, Array], *, total: int, bos_id: int, pad_id: int, answer: Piece | None = None
+    batch: dict[str, Array], *, total: int, bos_id: Begin, pad_id: int, answer: Piece | None = None
 ) -> tuple[Array, Array, Array]:
     """Prompt of method.md, step 6: BOS, passages worst first and best last, question, and the answer if given.
 
@@ -68,7 +76,7 @@ def read_prompt(
     """
     tail = [(batch["question_ids_BxS"], batch["question_len_B"])] + ([] if answer is None else [answer])
     length_BxK = batch["reader_len_BxK"]
-    room_B = jnp.asarray(total - 1 - sum(length_B for _, length_B in tail))
+    room_B = jnp.asarray(total - begin_length(bos_id) - sum(length_B for _, length_B in tail))
     keep_BxK = jnp.cumsum(length_BxK, axis=1) <= room_B[:, None]
     dropped_B = jnp.sum((length_BxK > 0) & ~keep_BxK, axis=1)
     length_BxK = jnp.where(keep_BxK, length_BxK, 0)

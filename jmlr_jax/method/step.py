@@ -19,11 +19,11 @@ from jax import Array
 from jmlr_jax.config import RankLossName
 from jmlr_jax.config_models import LlamaConfig, LoraConfig, RetrieverConfig
 from jmlr_jax.method.losses import answer_nll, pair_accuracy, rank_loss, sampling_entropy
-from jmlr_jax.method.prompt import read_prompt, reading_width
+from jmlr_jax.method.prompt import Begin, read_prompt, reading_width
 from jmlr_jax.method.scoring import maxsim, minmax, sample, top
 from jmlr_jax.nn import lora
 from jmlr_jax.nn.functional import encode_passages, encode_queries, llama_hidden, llama_logits
-from jmlr_jax.nn.packing import in_fewest_places
+from jmlr_jax.nn.packing import in_fewest_places, learn_in_fewest_places
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -45,11 +45,12 @@ class StepSpec:
       read: whether the generator learns (method.md, step 6).
       sampled: M, how many passages are judged.
       passages: N, how many passages are read.
-      rank_loss, tie_margin, rank_weight: as in ``TrainConfig``.
+      rank_loss, help_margin, rank_weight: as in ``TrainConfig``.
       accumulate: microbatches a step.
-      pack_judging: as in ``TrainConfig``.
+      judge_decay: as in ``TrainConfig``; 0 where the generator does not learn.
+      pack: as in ``TrainConfig``.
       max_length: T, tokens of a reading prompt with its answer, at most.
-      bos_id, pad_id: of the generator's tokenizer.
+      bos_id, pad_id: of the generator's tokenizer; under a chat template the former is its whole opening.
     """
 
     retriever: RetrieverConfig
@@ -60,12 +61,13 @@ class StepSpec:
     sampled: int
     passages: int
     rank_loss: RankLossName
-    tie_margin: float
+    help_margin: float
     rank_weight: float
     accumulate: int
-    pack_judging: tuple[float, ...]
+    judge_decay: float
+    pack: tuple[float, ...]
     max_length: int
-    bos_id: int
+    bos_id: Begin
     pad_id: int
 
 
@@ -98,58 +100,77 @@ def choose(batch: Batch, index_BxN: Array, taken_BxN: Array) -> Batch:
     return batch | {"reader_ids_BxKxL": ids_BxNxL, "reader_len_BxK": length_BxN}
 
 
+Prompt = tuple[Array, Array, dict[str, Array]]  # tokens_BxT, length_B; what is counted: tokens, dropped passages
+
+
+def reading_prompt(spec: StepSpec, batch: Batch) -> Prompt:
+    """Prompts that end with their answers, ``reader_ids_BxKxL`` best first: the prompt has the worst first."""
+    answer = batch["answer_ids_BxA"], batch["answer_len_B"]
+    total = reading_width(batch, spec.max_length, answer[0].shape[1], spec.bos_id)
+    tokens_BxT, length_B, dropped_B = read_prompt(
+        batch, total=total, bos_id=spec.bos_id, pad_id=spec.pad_id, answer=answer
+    )
+    return tokens_BxT, length_B, {"tokens": jnp.sum(length_B), "dropped": jnp.sum(dropped_B)}
+
+
 @jax.named_scope("read")
 def answer_losses(
-    spec: StepSpec, weights: Weights, batch: Batch, dropout_key: Array | None, pack: tuple[float, ...] = ()
-) -> tuple[Array, dict[str, Array]]:
-    """method.md, steps 4 and 6: mean answer loss of each question after all the passages of the batch.
+    spec: StepSpec, weights: Weights, batch: Batch, prompt: Prompt, dropout_key: Array | None, places: int | None = None
+) -> Array:
+    """method.md, steps 4 and 6: mean answer loss of each question after its prompt, ``nll_B`` float32, nats per token.
 
     Args:
       weights: ``generator``, and ``base`` under adapters.
-      batch: ``reader_ids_BxKxL`` best first; the prompt has the worst first.
       dropout_key: None turns dropout off, as judging needs it (method.md, fault 6).
-      pack: to what fractions of their full length the prompts may be packed; the result is the same.
-
-    Returns:
-      nll_B float32, nats per token, and what the prompts held: ``tokens`` and ``dropped`` passages.
+      places: how many the prompts are packed into; None packs nothing.
     """
     base, adapters = weights["generator"], None
     if spec.lora is not None:
         base = lora.complete(weights["base"], weights["generator"])
         adapters = lora.bind(weights["generator"], spec.lora, dropout_key)
+    tokens_BxT, length_B, _ = prompt
     answer_BxA, answer_len_B = batch["answer_ids_BxA"], batch["answer_len_B"]
-    total = reading_width(batch, spec.max_length, answer_BxA.shape[1])
-    tokens_BxT, length_B, dropped_B = read_prompt(
-        batch, total=total, bos_id=spec.bos_id, pad_id=spec.pad_id, answer=(answer_BxA, answer_len_B)
-    )
+    hidden_BxTxD = llama_hidden(base, spec.llama, tokens_BxT, length_B, adapters=adapters, places=places)
     # The head is applied only where an answer token is predicted, one position before it.
     place_BxA = (length_B - answer_len_B)[:, None] + jnp.arange(answer_BxA.shape[1]) - 1
+    place_BxA = jnp.clip(place_BxA, 0, tokens_BxT.shape[1] - 1)
+    hidden_BxAxD = jnp.take_along_axis(hidden_BxTxD, place_BxA[..., None], axis=1)
+    return answer_nll(llama_logits(base, spec.llama, hidden_BxAxD, adapters=adapters), answer_BxA, answer_len_B)
 
-    def before_answers(places: int | None) -> Array:
-        hidden_BxTxD = llama_hidden(base, spec.llama, tokens_BxT, length_B, adapters=adapters, places=places)
-        return jnp.take_along_axis(hidden_BxTxD, jnp.clip(place_BxA, 0, total - 1)[..., None], axis=1)
 
-    hidden_BxAxD = in_fewest_places(before_answers, pack, length_B, total)
-    nll_B = answer_nll(llama_logits(base, spec.llama, hidden_BxAxD, adapters=adapters), answer_BxA, answer_len_B)
-    return nll_B, {"tokens": jnp.sum(length_B), "dropped": jnp.sum(dropped_B)}
+@jax.named_scope("read")
+def reading(spec: StepSpec, weights: Weights, batch: Batch, dropout_key: Array) -> tuple[Array, dict[str, Array]]:
+    """method.md, step 6: the mean answer loss after all passages of the batch, and what the prompts held."""
+    prompt = reading_prompt(spec, batch)
+    still = {name: tree for name, tree in weights.items() if name == "base"}
+
+    def loss(generator: Weights, places: int | None) -> Array:
+        return jnp.mean(answer_losses(spec, still | {"generator": generator}, batch, prompt, dropout_key, places))
+
+    tokens_BxT, length_B, held = prompt
+    return learn_in_fewest_places(loss, weights["generator"], spec.pack, length_B, tokens_BxT.shape[1]), held
 
 
 @jax.named_scope("judge")
 def judge(spec: StepSpec, weights: Weights, batch: Batch, index_BxM: Array, taken_BxM: Array) -> Array:
     """method.md, step 4: answer loss ``nll_BxM`` after each sampled passage alone. No gradient, dropout off.
 
-    Adapters are added to the base first, once for all B x M prompts: without gradient and dropout that is the same, and
-    it saves their products and a pass over the activations for each.
+    The judge is ``judge`` of the weights where there is one, the generator that learns where not. Adapters are added to
+    the base first, once for all B x M prompts: without gradient and dropout that is the same, and it saves their
+    products and a pass over the activations for each.
     """
     B, M = index_BxM.shape
     weights = jax.lax.stop_gradient(weights)
+    judging = weights.get("judge", weights["generator"])
     if spec.lora is not None:
-        weights = {"generator": lora.merge(weights["base"], weights["generator"], spec.lora)}
+        judging = lora.merge(weights["base"], judging, spec.lora)
     chosen = choose(batch, index_BxM, taken_BxM)
     alone = {name: jnp.repeat(batch[name], M, axis=0) for name in QUESTION_KEYS}
     alone["reader_ids_BxKxL"] = chosen["reader_ids_BxKxL"].reshape(B * M, 1, -1)
     alone["reader_len_BxK"] = chosen["reader_len_BxK"].reshape(B * M, 1)
-    nll_N, _ = answer_losses(replace(spec, lora=None), weights, alone, None, spec.pack_judging)
+    prompt, plain = reading_prompt(spec, alone), replace(spec, lora=None)
+    losses = partial(answer_losses, plain, {"generator": judging}, alone, prompt, None)
+    nll_N: Array = in_fewest_places(losses, spec.pack, prompt[1], prompt[0].shape[1])
     return jax.lax.stop_gradient(nll_N.reshape(B, M))
 
 
@@ -175,33 +196,41 @@ def joint_loss(
         index_BxM, taken_BxM = sample(score_BxK, valid_BxK, batch["gumbel_BxK"], spec.sampled)
         score_BxM = jnp.take_along_axis(score_BxK, index_BxM, axis=1)
         nll_BxM = judge(spec, weights, batch, index_BxM, taken_BxM)
-        loss_B = rank_loss(spec.rank_loss, spec.tie_margin)(score_BxM, nll_BxM, taken_BxM)
+        loss_B = rank_loss(spec.rank_loss, spec.help_margin)(score_BxM, nll_BxM, taken_BxM)
         loss += spec.rank_weight * jnp.mean(loss_B)
         metrics["loss/rank"] = jnp.mean(loss_B)
-        metrics["rank/pair_accuracy"] = pair_accuracy(score_BxM, nll_BxM, taken_BxM, spec.tie_margin)
+        metrics["rank/pair_accuracy"] = pair_accuracy(score_BxM, nll_BxM, taken_BxM, spec.help_margin)
         metrics["rank/entropy"] = jnp.mean(sampling_entropy(score_BxK, valid_BxK))
     if spec.read:
-        nll_B, held = answer_losses(spec, weights, passages_to_read(spec, batch, score_BxK), dropout_key)
-        loss += jnp.mean(nll_B)
-        metrics |= {"loss/answer": jnp.mean(nll_B), "prompt/tokens": held["tokens"], "prompt/dropped": held["dropped"]}
+        answer_loss, held = reading(spec, weights, passages_to_read(spec, batch, score_BxK), dropout_key)
+        loss += answer_loss
+        metrics |= {"loss/answer": answer_loss, "prompt/tokens": held["tokens"], "prompt/dropped": held["dropped"]}
     return loss, metrics
+
+
+def judge_probe(params: Weights, frozen: Weights, batch: Batch, *, spec: StepSpec) -> Array:
+    """Judgements ``nll_BxK`` of all candidates of a batch; ``frozen`` holds ``judge`` where there is a slow one."""
+    valid_BxK = batch["valid_BxK"]
+    index_BxK = jnp.broadcast_to(jnp.arange(valid_BxK.shape[1]), valid_BxK.shape)
+    return judge(replace(spec, pack=()), frozen | params, batch, index_BxK, valid_BxK)
 
 
 def reading_loss(params: Weights, frozen: Weights, batch: Batch, *, spec: StepSpec) -> Array:
     """Answer loss ``nll_B`` of held-out questions, read as in training but without dropout or gradient."""
     weights = frozen | params
     score_BxK = candidate_scores(spec, weights, batch) if spec.rank else None
-    return answer_losses(spec, weights, passages_to_read(spec, batch, score_BxK), None)[0]
+    chosen = passages_to_read(spec, batch, score_BxK)
+    return answer_losses(spec, weights, chosen, reading_prompt(spec, chosen), None)
 
 
 def make_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> StepFn:
     """The step ``(state, frozen, batch) -> (state, metrics)`` to be compiled with the state donated.
 
     State: ``step`` and counters ``skipped``, ``skipped_in_row`` (int32), ``key`` (the run's, never consumed),
-    ``params`` (what trains: ``retriever``, ``generator`` or both) and ``opt``. ``frozen`` is what a step reads but
-    never changes: ``skip_V`` (retriever vocabulary outside MaxSim), ``base`` and ``retriever_base`` under
-    adapters, a half that is frozen.
-    Gradients that are not finite change nothing but the counters.
+    ``params`` (what trains: ``retriever``, ``generator`` or both), ``opt`` and, with ``spec.judge_decay``, ``judge``,
+    an exponential average of the generator that judges in its place. ``frozen`` is what a step reads but never changes:
+    ``skip_V`` (retriever vocabulary outside MaxSim), ``base`` and ``retriever_base`` under adapters, a half that is
+    frozen. Gradients that are not finite change nothing but the counters.
     """
     pieces, apply = spec.accumulate, partial(_update, optimizer)
     gradient = jax.value_and_grad(partial(joint_loss, spec=spec), has_aux=True)
@@ -212,13 +241,14 @@ def make_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> StepFn
         # (micro, pieces) and swap, not (pieces, micro): rows of one device stay on it.
         split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, pieces, *x.shape[1:]), 0, 1), batch)
         keys = jax.random.split(dropout_key, pieces)
+        slow = {"judge": state["judge"]} if spec.judge_decay else {}
 
         def one(total: Any, piece: tuple[Batch, Array]) -> tuple[Any, None]:
-            (_, metrics), grads = gradient(state["params"], frozen, *piece)
+            (_, metrics), grads = gradient(state["params"], frozen | slow, *piece)
             return jax.tree.map(jnp.add, total, (grads, metrics)), None
 
         first = jax.tree.map(lambda x: x[0], (split, keys))
-        shapes = jax.eval_shape(gradient, state["params"], frozen, *first)
+        shapes = jax.eval_shape(gradient, state["params"], frozen | slow, *first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[1], shapes[0][1]))
         (grads, metrics), _ = jax.lax.scan(one, zeros, (split, keys))
         # Every loss is a mean over a microbatch of equal size, so the batch's is the mean of theirs; counts are sums.
@@ -233,6 +263,8 @@ def make_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> StepFn
             "opt": opt,
             "skipped": state["skipped"] + ~good,
             "skipped_in_row": jnp.where(good, 0, state["skipped_in_row"] + 1),
+        } | {
+            name: optax.incremental_update(params["generator"], old, 1 - spec.judge_decay) for name, old in slow.items()
         }
         counters = {"skipped": state["skipped"], "skipped_in_row": state["skipped_in_row"]}
         return state, metrics | norms | counters
@@ -254,8 +286,9 @@ def _update(
     return params, opt, norms, good
 
 
-def init_state(params: Weights, optimizer: optax.GradientTransformation, key: Array) -> State:
+def init_state(params: Weights, optimizer: optax.GradientTransformation, key: Array, judge_decay: float = 0) -> State:
     """The state before the first step; ``key`` as from ``jax.random.key_data``."""
-    # A buffer for each counter: a donated state must not name one twice.
+    # A buffer for each: a donated state must not name one twice.
     counters = {name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "skipped_in_row")}
-    return {**counters, "key": key, "params": params, "opt": optimizer.init(params)}
+    slow = {"judge": jax.tree.map(jnp.copy, params["generator"])} if judge_decay else {}
+    return {**counters, "key": key, "params": params, "opt": optimizer.init(params), **slow}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -45,3 +46,8 @@ def place(shapes: Params, axes: Params, mesh: Mesh) -> Params:
 def put(shapes: Any, places: Any) -> Any:
     """Shapes with these shardings, a tree like theirs."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of placed shapes."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -22,6 +22,7 @@ from jmlr_jax.parallel.sharding import partition_spec
 MASKED = -1e30  # finite: a row with no visible key gives a uniform average instead of NaN
 SAVED = "attention"  # what the remat policies of nn/layers.py may keep: outputs and log-sum-exp
 LANES, LARGEST_BLOCK = 128, 1024
+UNLIMITED = 2**30  # a window that hides nothing
 
 
 def attend(
@@ -33,6 +34,8 @@ def attend(
     position_BxT: jax.Array | None = None,
     key_length_B: jax.Array | None = None,
     window: int | None = None,
+    narrow: jax.Array | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention with grouped heads: query head h reads key/value head ``h // (H / G)``.
 
@@ -42,25 +45,36 @@ def attend(
         position_BxT: position of each query (a leading 1 broadcasts). Key slot s holds position s, and a query sees
             the slots up to its own position. None: every query sees every key.
         key_length_B: slots from this one on are hidden. None: no such limit.
-        window: with `causal` or `position_BxT`, slots ``s <= position - window`` are hidden (Mistral). None: no limit.
+        window: with `causal` or `position_BxT`, slots ``s <= position - window`` are hidden (Mistral); with neither,
+            T = S and those more than `window` away on either side (ModernBERT). None: no limit.
+        narrow: bool scalar, whether `window` holds at all, for layers of both kinds in one program. None: it does.
+        scale: of the scores; None: one over the root of the head width.
 
     Returns:
         Head outputs BxTxHxE in q's dtype. Scores, mask and softmax are float32.
     """
     B, T, H, E = q_BxTxHxE.shape
     S, G = k_BxSxGxE.shape[1:3]
+    scale = E**-0.5 if scale is None else scale
     if causal and key_length_B is None and splash_applies(E):
-        return splash(q_BxTxHxE, k_BxSxGxE, v_BxSxGxE, window)
+        kernel = partial(splash, scale=scale)
+        if narrow is None:
+            return kernel(q_BxTxHxE, k_BxSxGxE, v_BxSxGxE, window)
+        kinds = partial(kernel, window=window), partial(kernel, window=None)  # a kernel's mask is fixed: one for each
+        return jax.lax.cond(narrow, *kinds, q_BxTxHxE, k_BxSxGxE, v_BxSxGxE)
     if causal:
         position_BxT = jnp.arange(T)[None]
     q = q_BxTxHxE.reshape(B, T, G, H // G, E)
-    scores = jnp.einsum("btgre,bsge->bgrts", q, k_BxSxGxE, preferred_element_type=jnp.float32) * E**-0.5
+    scores = jnp.einsum("btgre,bsge->bgrts", q, k_BxSxGxE, preferred_element_type=jnp.float32) * scale
     slot_S = jnp.arange(S)
     visible_BxTxS = jnp.ones((1, 1, S), bool)
+    reach = window if window is None or narrow is None else jnp.where(narrow, window, UNLIMITED)
     if position_BxT is not None:
         visible_BxTxS &= slot_S <= position_BxT[:, :, None]
-        if window is not None:
-            visible_BxTxS &= slot_S > position_BxT[:, :, None] - window
+        if reach is not None:
+            visible_BxTxS &= slot_S > position_BxT[:, :, None] - reach
+    elif reach is not None:
+        visible_BxTxS &= jnp.abs(slot_S - jnp.arange(T)[:, None]) <= reach
     if key_length_B is not None:
         visible_BxTxS &= slot_S < key_length_B[:, None, None]
     scores = jnp.where(visible_BxTxS[:, None, None], scores, MASKED)
@@ -81,6 +95,7 @@ def splash(
     v_BxTxGxE: jax.Array,
     window: int | None = None,
     *,
+    scale: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Causal attention by the Pallas kernel, each device on its own rows and heads; arguments as in :func:`attend`.
@@ -108,7 +123,7 @@ def splash(
         return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, padded - T), (0, 0), (0, 0))), 1, 2)
 
     # The kernel knows no scale; in float32, since 1 / sqrt(128) is not a power of two.
-    q = (q_BxTxHxE.astype(jnp.float32) * E**-0.5).astype(q_BxTxHxE.dtype)
+    q = (q_BxTxHxE.astype(jnp.float32) * (E**-0.5 if scale is None else scale)).astype(q_BxTxHxE.dtype)
     if not jax.sharding.get_abstract_mesh().empty:
         heads, groups = (partition_spec(("batch", name, "length", "head_dim"), name) for name in ("heads", "kv_heads"))
         one_device = partial(jax.shard_map, in_specs=(heads, groups, groups), out_specs=heads, check_vma=False)(

@@ -1,4 +1,4 @@
-"""The late-interaction encoder (ColBERT, arXiv 2004.12832): BERT, a linear map without bias, unit-length vectors."""
+"""The late-interaction encoder (ColBERT, arXiv 2004.12832): an encoder, a linear map, unit-length vectors."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jmlr_jax.config_models import RetrieverConfig
+from jmlr_jax.config_models import BertConfig, RetrieverConfig
 from jmlr_jax.nn.bert import Bert
 from jmlr_jax.nn.layers import fan_in, project, weight
+from jmlr_jax.nn.modernbert import ModernBert
+
+
+def trunk(cfg: BertConfig, rngs: nnx.Rngs) -> Bert | ModernBert:
+    """The encoder that a configuration describes."""
+    return ModernBert(cfg, rngs) if cfg.block == "modernbert" else Bert(cfg, rngs)
 
 
 class Colbert(nnx.Module):
@@ -16,7 +22,7 @@ class Colbert(nnx.Module):
 
     def __init__(self, cfg: RetrieverConfig, rngs: nnx.Rngs) -> None:
         self.cfg = cfg
-        self.bert = Bert(cfg.bert, rngs)
+        self.bert = trunk(cfg.bert, rngs)
         D = cfg.bert.hidden_size
         self.projection = weight(rngs, (D, cfg.dim), ("embed", "token_vector"), fan_in(1), cfg.bert.param_dtype)
 

@@ -29,7 +29,8 @@ def favour_copying(params: Params, cfg: LlamaConfig, strength: float, key: jax.A
 
     Args:
       params: a fresh tree; not changed.
-      cfg: its shape: as many key-value heads as heads, together as wide as the model, the head tied to the embedding.
+      cfg: its shape: as many key-value heads as heads, together as wide as the model, the head tied to the embedding,
+        layers of block llama.
       strength: 0 leaves `params` alone; towards 1 keys become equal to queries.
       key: for the orthogonal value weights and the embedding.
 
@@ -40,11 +41,12 @@ def favour_copying(params: Params, cfg: LlamaConfig, strength: float, key: jax.A
         return params
     layers, D = params["layers"], cfg.hidden_size
     count, _, H, E = layers["q"].shape
-    if cfg.num_kv_heads != H or not cfg.tie_embeddings or H * E != D:
+    if cfg.num_kv_heads != H or not cfg.tie_embeddings or H * E != D or cfg.block != "llama":
         raise CopyingError(
             f"generator.copy_init={strength} needs generator.llama.num_kv_heads = num_heads, heads as wide as the "
-            f"model together and tie_embeddings (here num_kv_heads={cfg.num_kv_heads}, num_heads={H}, head_dim={E}, "
-            f"hidden_size={D}, tie_embeddings={cfg.tie_embeddings}); set generator.copy_init=0 for such a shape"
+            f"model together, tie_embeddings and block llama (here num_kv_heads={cfg.num_kv_heads}, num_heads={H}, "
+            f"head_dim={E}, hidden_size={D}, tie_embeddings={cfg.tie_embeddings}, block={cfg.block}); set "
+            "generator.copy_init=0 for such a shape"
         )
     embed_key, *keys = jax.random.split(key, count + 1)
     turn = jax.nn.initializers.orthogonal()

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jmlr_jax.config_models import BertConfig, LlamaConfig, RetrieverConfig
-from jmlr_jax.nn.bert import Bert
-from jmlr_jax.nn.colbert import Colbert
+from jmlr_jax.nn.colbert import Colbert, trunk
 from jmlr_jax.nn.layers import Adapters, Params
 from jmlr_jax.nn.llama import Llama
 from jmlr_jax.nn.packing import Packing
@@ -83,7 +82,7 @@ def llama_hidden(
             :func:`jmlr_jax.nn.packing.fullest`.
 
     Returns:
-        Position t sees tokens 0..t (with cfg.sliding_window W: the last W of them). Zero from `length_B` on.
+        Position t sees tokens 0..t (in layers with a window W: the last W of them). Zero from `length_B` on.
     """
     start_B = jnp.zeros_like(length_B)
     packing = None if places is None else Packing.of(length_B, tokens_BxT.shape[1], places)
@@ -97,8 +96,7 @@ def llama_logits(params: Params, cfg: LlamaConfig, hidden: jax.Array, *, adapter
 
 def init_cache(cfg: LlamaConfig, rows: int, slots: int) -> Params:
     """Empty keys and values, each [layers, rows, slots, kv heads, head width] in cfg.dtype; slot = position."""
-    E = cfg.head_dim or cfg.hidden_size // cfg.num_heads
-    shape = (cfg.num_layers, rows, slots, cfg.num_kv_heads, E)
+    shape = (cfg.num_layers, rows, slots, cfg.num_kv_heads, cfg.head_width)
     axes = ("layers", "batch", "length", "kv_heads", "head_dim")
     return {name: constrain(jnp.zeros(shape, cfg.dtype), *axes) for name in ("k", "v")}
 
@@ -170,7 +168,7 @@ def encode_passages(
 def _build(cfg: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
     if isinstance(cfg, LlamaConfig):
         return Llama(cfg, rngs)
-    return Bert(cfg, rngs) if isinstance(cfg, BertConfig) else Colbert(cfg, rngs)
+    return trunk(cfg, rngs) if isinstance(cfg, BertConfig) else Colbert(cfg, rngs)
 
 
 def _is_param(node: Any) -> bool:

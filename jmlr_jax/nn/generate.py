@@ -21,6 +21,7 @@ def generate(
     *,
     max_new: int,
     eos_id: int,
+    stops: tuple[int, ...] = (),
     adapters: Adapters | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Continue each prompt with the likeliest tokens until its end token, or for `max_new` of them.
@@ -30,6 +31,7 @@ def generate(
     Args:
         prompt_BxT: int, right-padded, each row with at least one token.
         length_B: int, real tokens of each row.
+        eos_id, stops: what ends a row: the end token, and others that do too.
         adapters: from :func:`jmlr_jax.nn.lora.bind`, without a dropout key.
 
     Returns:
@@ -47,7 +49,8 @@ def generate(
             f"prompt of {prompt_BxT.shape[1]} and max_new={max_new} tokens reach position {longest}; "
             f"max_positions={cfg.max_positions}"
         )
-    return _generate(params, cfg, prompt_BxT, length_B, max_new, jnp.int32(eos_id), adapters)
+    ends = jnp.asarray((eos_id, *stops), jnp.int32)
+    return _generate(params, cfg, prompt_BxT, length_B, max_new, ends, adapters)
 
 
 @partial(jax.jit, static_argnames=("cfg", "max_new"))
@@ -57,7 +60,7 @@ def _generate(
     prompt_BxT: jax.Array,
     length_B: jax.Array,
     max_new: int,
-    eos_id: jax.Array,
+    end_E: jax.Array,
     adapters: Adapters | None,
 ) -> tuple[jax.Array, jax.Array]:
     B, T = prompt_BxT.shape
@@ -66,13 +69,17 @@ def _generate(
     def likeliest(hidden_BxD: jax.Array) -> jax.Array:
         return jnp.argmax(F.llama_logits(params, cfg, hidden_BxD, adapters=adapters), axis=-1).astype(jnp.int32)
 
+    def ends(token_B: jax.Array) -> jax.Array:
+        return jnp.any(token_B[:, None] == end_E, axis=1)
+
+    eos_id = end_E[0]
     cache = F.init_cache(cfg, B, T + max_new)
     start_B = jnp.zeros_like(length_B)
     hidden, cache = F.llama_cached(params, cfg, prompt_BxT, start_B, length_B, cache, adapters=adapters)
     last_BxD = jnp.take_along_axis(hidden, (length_B - 1)[:, None, None], axis=1)[:, 0]
     token_B = likeliest(last_BxD)
     tokens_BxA = jnp.full((B, max_new), eos_id).at[:, 0].set(token_B)
-    state = (jnp.int32(1), token_B, token_B == eos_id, tokens_BxA, jnp.ones_like(length_B), cache)
+    state = (jnp.int32(1), token_B, ends(token_B), tokens_BxA, jnp.ones_like(length_B), cache)
 
     def more(state: Any) -> jax.Array:
         step, _, ended_B, *_ = state
@@ -85,7 +92,7 @@ def _generate(
         token_B = jnp.where(ended_B, eos_id, likeliest(hidden[:, 0]))
         tokens_BxA = tokens_BxA.at[:, step].set(token_B)
         made_B = made_B + ~ended_B
-        return step + 1, token_B, ended_B | (token_B == eos_id), tokens_BxA, made_B, cache
+        return step + 1, token_B, ended_B | ends(token_B), tokens_BxA, made_B, cache
 
     *_, tokens_BxA, made_B, _ = jax.lax.while_loop(more, advance, state)
     return tokens_BxA, made_B

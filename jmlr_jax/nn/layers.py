@@ -1,4 +1,4 @@
-"""What the models share: weight rows, initialisers, layer scan, projections with adapters, norms, rotary positions.
+"""What the models share: weight rows, initialisers, layer scan, projections with adapters, norms.
 
 Weights are stored [in, out], heads split into their own axes (``q: [embed, heads, head_dim]``, ``o: [heads, head_dim,
 embed]``), so that each named axis can be sharded on its own and a projection contracts x's last axes with w's first.
@@ -13,10 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from jmlr_jax.config_models import LlamaConfig, Remat
+from jmlr_jax.config_models import Remat
 from jmlr_jax.nn import attention
 from jmlr_jax.parallel.sharding import gather
 
@@ -127,7 +126,7 @@ AXES = {
     "down": ("mlp", "embed"),
     "lm_head": ("embed", "vocab"),
 }
-TARGETS = tuple(AXES)
+TARGETS = (*AXES, "qkv")  # ModernBERT's three in one
 # Which input of a layer a projection reads. Adapters of one input share its dropout mask: each sees a mask of the same
 # law, and it is drawn once.
 INPUTS = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3, "lm_head": 4}
@@ -218,82 +217,24 @@ def project(
 # Norms
 
 
-def rms_norm(x: jax.Array, scale: nnx.Param[jax.Array], eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, in float32, back in x's dtype."""
+def rms_norm(x: jax.Array, scale: nnx.Param[jax.Array], eps: float, *, from_one: bool = False) -> jax.Array:
+    """Root-mean-square norm over the last axis, in float32, back in x's dtype.
+
+    Args:
+        from_one: the factor is ``1 + scale``, as Gemma stores it.
+    """
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * scale[...].astype(jnp.float32)).astype(x.dtype)
+    factor = scale[...].astype(jnp.float32)
+    return (x32 * (1 + factor if from_one else factor)).astype(x.dtype)
 
 
-def layer_norm(x: jax.Array, scale: nnx.Param[jax.Array], bias: nnx.Param[jax.Array], eps: float) -> jax.Array:
-    """Layer norm over the last axis, in float32, back in x's dtype."""
+def layer_norm(
+    x: jax.Array, scale: nnx.Param[jax.Array] | jax.Array, bias: nnx.Param[jax.Array] | None, eps: float
+) -> jax.Array:
+    """Layer norm over the last axis, in float32, back in x's dtype; without `bias` nothing is added."""
     x32 = x.astype(jnp.float32)
     x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * scale[...].astype(jnp.float32) + bias[...].astype(jnp.float32)).astype(x.dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Rotary positions
-
-
-def rope_table(cfg: LlamaConfig, position_BxT: jax.Array, length_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines BxTx(E/2), float32, of the rotation at each position.
-
-    Scalings follow the published definitions (linear; NTK-aware "dynamic"; Llama 3; YaRN, arXiv 2309.00071).
-    "dynamic" depends on the length of the sequence: `length_BxT` says for each token that of its own row, so that a
-    row's result does not depend on its neighbours. Keys already in a cache keep the rotation of the length at which
-    they were written.
-    """
-    frequency, magnitude = _rope_frequencies(cfg, length_BxT)
-    angle = position_BxT.astype(jnp.float32)[:, :, None] * frequency
-    return jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
-
-
-def apply_rope(x_BxTxHxE: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the pairs (e, e + E/2), the layout of Hugging Face checkpoints; float32 inside, x's dtype outside.
-
-    The partner of each entry comes from a product with a signed permutation, which moves numbers without changing them:
-    a TPU moves half a vector over its lanes at several times the cost.
-    """
-    half = x_BxTxHxE.shape[-1] // 2
-    eye, none = np.eye(half), np.zeros((half, half))
-    swap_ExE = jnp.asarray(np.block([[none, eye], [-eye, none]]), x_BxTxHxE.dtype)
-    partner = jnp.einsum("bthe,ef->bthf", x_BxTxHxE, swap_ExE, precision="highest", preferred_element_type=jnp.float32)
-    cos, sin = (jnp.concatenate([table, table], axis=-1)[:, :, None] for table in (cos, sin))
-    return (x_BxTxHxE.astype(jnp.float32) * cos + partner * sin).astype(x_BxTxHxE.dtype)
-
-
-def _rope_frequencies(cfg: LlamaConfig, length_BxT: jax.Array) -> tuple[Any, float]:
-    """Radians per position, (E/2,) or (B, T, E/2), and the factor on cosines and sines."""
-    E = cfg.head_dim or cfg.hidden_size // cfg.num_heads
-    exponent = np.arange(0, E, 2, dtype=np.float32) / np.float32(E)
-    plain = (1.0 / cfg.rope_theta**exponent).astype(np.float32)
-    scaling = cfg.rope_scaling
-    if scaling is None:
-        return plain, 1.0
-    trained = scaling.original_max_positions or cfg.max_positions
-    if scaling.type == "linear":
-        return plain / np.float32(scaling.factor), 1.0
-    if scaling.type == "dynamic":
-        length = jnp.maximum(length_BxT, trained).astype(jnp.float32)
-        stretch = scaling.factor * length / trained - (scaling.factor - 1)
-        theta = cfg.rope_theta * stretch ** (E / (E - 2))
-        return 1.0 / theta[:, :, None] ** exponent, 1.0
-    if scaling.type == "llama3":
-        turns = trained * plain / (2 * np.pi)  # full rotations within the length of pre-training
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = np.clip((turns - low) / (high - low), 0, 1)  # 0: slow, scaled; 1: fast, left alone
-        return (plain * (kept + (1 - kept) / scaling.factor)).astype(np.float32), 1.0
-
-    def pair_with(rotations: float) -> float:
-        """Index of the pair that turns this often within the length of pre-training."""
-        return E * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
-
-    first = max(math.floor(pair_with(scaling.beta_fast)), 0)
-    last = min(math.ceil(pair_with(scaling.beta_slow)), E - 1)
-    ramp = np.clip((np.arange(E // 2) - first) / max(last - first, 0.001), 0, 1)
-    magnitude = scaling.attention_factor
-    if magnitude is None:
-        magnitude = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
-    return (plain * (1 - ramp) + plain / scaling.factor * ramp).astype(np.float32), magnitude
+    x32 = x32 * scale[...].astype(jnp.float32)
+    return (x32 if bias is None else x32 + bias[...].astype(jnp.float32)).astype(x.dtype)

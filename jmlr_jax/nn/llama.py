@@ -1,8 +1,17 @@
-"""The Llama family: Llama 2 and 3, Mistral (sliding window), Qwen2 (biases), Qwen3 (normed queries and keys)."""
+"""The Llama family: Llama 2 and 3, Mistral (sliding window), Qwen2 (biases), Qwen3 (normed queries and keys), Gemma 3.
+
+Of Gemma 3 (``block: gemma``) what attention and network make is normed too before it is added, every norm multiplies by
+one plus its weight, the network is a GELU's, and embeddings are scaled up. All else it shares, layers with and without
+a window included (:mod:`jmlr_jax.nn.rotary`).
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,33 +26,32 @@ from jmlr_jax.nn.layers import (
     QKV,
     Adapters,
     Params,
-    apply_rope,
     embedding,
     fan_in,
     ones,
     project,
     residual,
     rms_norm,
-    rope_table,
     scan_layers,
     stack,
     weight,
     zeros,
 )
 from jmlr_jax.nn.packing import Packing
+from jmlr_jax.nn.rotary import Kinds, Rope, apply_rope
 from jmlr_jax.parallel.sharding import constrain
 
 HIDDEN = ("batch", "length", "hidden")
 
 
 class LlamaLayer(nnx.Module):
-    """Pre-norm attention and SwiGLU, each added to the residual stream."""
+    """Pre-norm attention and a gated network, each added to the residual stream."""
 
     def __init__(self, cfg: LlamaConfig, rngs: nnx.Rngs) -> None:
         self.cfg = cfg
         D, F, H, G, t = cfg.hidden_size, cfg.intermediate_size, cfg.num_heads, cfg.num_kv_heads, cfg.param_dtype
-        E = cfg.head_dim or D // H
-        self.attn_norm = weight(rngs, (D,), ("norm",), ones, t)
+        E, same = cfg.head_width, zeros if cfg.block == "gemma" else ones  # a norm that changes nothing yet
+        self.attn_norm = weight(rngs, (D,), ("norm",), same, t)
         self.q = weight(rngs, (D, H, E), AXES["q"], fan_in(1), t)
         self.k = weight(rngs, (D, G, E), AXES["k"], fan_in(1), t)
         self.v = weight(rngs, (D, G, E), AXES["v"], fan_in(1), t)
@@ -53,9 +61,12 @@ class LlamaLayer(nnx.Module):
             self.k_bias = weight(rngs, (G, E), ("kv_heads", "head_dim"), zeros, t)
             self.v_bias = weight(rngs, (G, E), ("kv_heads", "head_dim"), zeros, t)
         if cfg.qk_norm:
-            self.q_norm = weight(rngs, (E,), ("norm",), ones, t)
-            self.k_norm = weight(rngs, (E,), ("norm",), ones, t)
-        self.mlp_norm = weight(rngs, (D,), ("norm",), ones, t)
+            self.q_norm = weight(rngs, (E,), ("norm",), same, t)
+            self.k_norm = weight(rngs, (E,), ("norm",), same, t)
+        self.mlp_norm = weight(rngs, (D,), ("norm",), same, t)
+        if cfg.block == "gemma":
+            self.attn_out_norm = weight(rngs, (D,), ("norm",), same, t)
+            self.mlp_out_norm = weight(rngs, (D,), ("norm",), same, t)
         self.gate = weight(rngs, (D, F), AXES["gate"], fan_in(1), t)
         self.up = weight(rngs, (D, F), AXES["up"], fan_in(1), t)
         self.down = weight(rngs, (F, D), AXES["down"], residual(1, cfg.num_layers), t)
@@ -64,42 +75,53 @@ class LlamaLayer(nnx.Module):
         self,
         x: jax.Array,
         position_BxT: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
+        kind: tuple[Rope, dict[str, Any]],
         cache: Params | None,
         adapters: Adapters | None,
         packing: Packing | None,
     ) -> tuple[jax.Array, Params | None]:
         """One layer on x BxTxD; `cache` holds keys and values BxSxGxE by position and comes back with these added.
 
-        With `packing` x and the positions are packed; only attention sees the rows.
+        With `packing` x and the positions are packed; only attention sees the rows. `kind` is of
+        :meth:`jmlr_jax.nn.rotary.Kinds.of_layer`.
         """
-        cfg = self.cfg
-        h = rms_norm(x, self.attn_norm, cfg.rms_norm_eps)
+        cfg, gemma, norm = self.cfg, self.cfg.block == "gemma", norm_of(self.cfg)
+        rope, seen = kind
+        scale = None if cfg.query_pre_attn_scalar is None else cfg.query_pre_attn_scalar**-0.5
+        h = norm(x, self.attn_norm)
         q, k, v = (project(h, getattr(self, name), 1, name, adapters) for name in "qkv")
         if cfg.qkv_bias:
             q, k, v = (y + b[...].astype(y.dtype) for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
         if cfg.qk_norm:
-            q, k = rms_norm(q, self.q_norm, cfg.rms_norm_eps), rms_norm(k, self.k_norm, cfg.rms_norm_eps)
+            q, k = norm(q, self.q_norm), norm(k, self.k_norm)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, 0))
             start_B = position_BxT[:, 0]
             cache = {"k": write(cache["k"], k, start_B), "v": write(cache["v"], v, start_B)}
             k, v = cache["k"], cache["v"]
-            heads = attend(q, k, v, position_BxT=position_BxT, window=cfg.sliding_window)
+            heads = attend(q, k, v, position_BxT=position_BxT, scale=scale, **seen)
         else:
             q, k, v = (checkpoint_name(y, QKV) for y in (q, k, v))
             if packing is not None:
                 q, k, v = packing.unpack(q), packing.unpack(k), packing.unpack(v)
-            heads = attend(q, k, v, causal=True, window=cfg.sliding_window)
+            heads = attend(q, k, v, causal=True, scale=scale, **seen)
             if packing is not None:
                 heads = packing.pack(heads)
-        x = x + project(heads, self.o, 2, "o", adapters)
-        h = rms_norm(x, self.mlp_norm, cfg.rms_norm_eps)
+        out = project(heads, self.o, 2, "o", adapters)
+        x = x + (norm(out, self.attn_out_norm) if gemma else out)
+        h = norm(x, self.mlp_norm)
         gate, up = (project(h, getattr(self, name), 1, name, adapters) for name in ("gate", "up"))
         gate, up = checkpoint_name(gate, MLP), checkpoint_name(up, MLP)
-        x = x + project(jax.nn.silu(gate) * up, self.down, 1, "down", adapters)
+        act = partial(jax.nn.gelu, approximate=True) if gemma else jax.nn.silu
+        out = project(act(gate) * up, self.down, 1, "down", adapters)
+        x = x + (norm(out, self.mlp_out_norm) if gemma else out)
         return constrain(x, *HIDDEN), cache
+
+
+def norm_of(cfg: LlamaConfig) -> Callable[[jax.Array, nnx.Param[jax.Array]], jax.Array]:
+    """The norm of a family: (x, weight) -> normed x."""
+    return partial(rms_norm, eps=cfg.rms_norm_eps, from_one=cfg.block == "gemma")
 
 
 class Llama(nnx.Module):
@@ -112,7 +134,7 @@ class Llama(nnx.Module):
         V, D, t = cfg.vocab_size, cfg.hidden_size, cfg.param_dtype
         self.embed = weight(rngs, (V, D), ("vocab", "embed"), embedding, t)
         self.layers = stack(lambda r: LlamaLayer(cfg, r), cfg.num_layers, rngs)
-        self.final_norm = weight(rngs, (D,), ("norm",), ones, t)
+        self.final_norm = weight(rngs, (D,), ("norm",), zeros if cfg.block == "gemma" else ones, t)
         if not cfg.tie_embeddings:
             self.lm_head = weight(rngs, (D, V), AXES["lm_head"], fan_in(1), t)
 
@@ -138,17 +160,19 @@ class Llama(nnx.Module):
             assert cache is None
             tokens_BxT, position_BxT, length_BxT = map(packing.pack, (tokens_BxT, position_BxT, length_BxT))
             adapters = None if adapters is None else replace(adapters, place=packing.number_GxF())
-        rope = rope_table(cfg, position_BxT, length_BxT)
+        kinds = Kinds.of(cfg, position_BxT, length_BxT)
         x = constrain(self.embed[...][tokens_BxT].astype(cfg.dtype), *HIDDEN)
-        inputs = (cache, None if adapters is None else adapters.per_layer(cfg.num_layers))
+        if cfg.block == "gemma":
+            x = x * jnp.asarray(math.sqrt(cfg.hidden_size), x.dtype)  # rounded first: the published model's bfloat16
+        inputs = (kinds.narrow_L, cache, None if adapters is None else adapters.per_layer(cfg.num_layers))
 
         def body(layer: LlamaLayer, x: jax.Array, inputs: tuple) -> tuple[jax.Array, Params | None]:
-            cache, adapter = inputs
+            narrow, cache, adapter = inputs
             bound = None if adapters is None else adapters.at_layer(adapter)
-            return layer(x, position_BxT, rope, cache, bound, packing)
+            return layer(x, position_BxT, kinds.of_layer(narrow), cache, bound, packing)
 
         x, cache = scan_layers(self.layers, x, inputs, body, cfg.remat)
-        x = rms_norm(x, self.final_norm, cfg.rms_norm_eps)
+        x = norm_of(cfg)(x, self.final_norm)
         x = x if packing is None else packing.unpack(x)
         return jnp.where(real_BxT[:, :, None], x, 0), cache
 

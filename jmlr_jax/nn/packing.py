@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,27 +84,62 @@ def fullest(length_B: jax.Array) -> jax.Array:
     return jnp.max(jnp.sum(length_B.reshape(row_groups(), -1), axis=1))
 
 
+def sizes(fractions: tuple[float, ...], whole: int) -> list[int]:
+    """The numbers of places to choose from, ascending: these fractions of `whole`, which itself packs nothing."""
+    rounded = {math.ceil(fraction * whole / MULTIPLE) * MULTIPLE for fraction in fractions}
+    return sorted(size for size in rounded if size < whole)
+
+
 def in_fewest_places(
-    compute: Callable[[int | None], jax.Array], fractions: tuple[float, ...], length_B: jax.Array, width: int
-) -> jax.Array:
+    compute: Callable[[int | None], Any], fractions: tuple[float, ...], length_B: jax.Array, width: int
+) -> Any:
     """What ``compute(places)`` gives for the fewest places that hold the real tokens.
 
     The choice is made by the lengths while the program runs; each number that it chooses from is a branch of its own,
     so that no lengths are too long.
 
     Args:
-        compute: gives the same array, to rounding, for every number of places and for None, which packs nothing.
+        compute: gives the same arrays, to rounding, for every number of places and for None, which packs nothing.
         fractions: of ``B x width`` to choose from; above the largest nothing is packed.
         length_B: real tokens of the rows.
     """
-    whole = length_B.shape[0] // row_groups() * width
-    rounded = {math.ceil(fraction * whole / MULTIPLE) * MULTIPLE for fraction in fractions}
-    sizes = sorted(size for size in rounded if size < whole)
-    if not sizes:
+    choices = sizes(fractions, length_B.shape[0] // row_groups() * width)
+    if not choices:
         return compute(None)
-    choice = jnp.sum(jnp.array(sizes) < fullest(length_B))
-    found: jax.Array = jax.lax.switch(choice, [partial(compute, size) for size in (*sizes, None)])
-    return found
+    choice = jnp.sum(jnp.array(choices) < fullest(length_B))
+    return jax.lax.switch(choice, [partial(compute, size) for size in (*choices, None)])
+
+
+def learn_in_fewest_places(
+    loss: Callable[[Any, int | None], jax.Array],
+    params: Any,
+    fractions: tuple[float, ...],
+    length_B: jax.Array,
+    width: int,
+) -> jax.Array:
+    """:func:`in_fewest_places` of a scalar ``loss(params, places)`` whose gradient with respect to `params` is wanted.
+
+    The gradient is taken within the branch, together with the loss: a choice that is differentiated as a whole keeps
+    what the backward passes of all its branches would need.
+    """
+
+    def best(compute: Callable[[Any, int | None], Any], params: Any) -> Any:
+        return in_fewest_places(partial(compute, params), fractions, length_B, width)
+
+    @jax.custom_vjp
+    def value(params: Any) -> jax.Array:
+        found: jax.Array = best(loss, params)
+        return found
+
+    def forward(params: Any) -> tuple[jax.Array, Any]:
+        found: tuple[jax.Array, Any] = best(jax.value_and_grad(loss), params)
+        return found
+
+    def backward(gradients: Any, along: jax.Array) -> tuple[Any]:
+        return (jax.tree.map(lambda g: g * along.astype(g.dtype), gradients),)
+
+    value.defvjp(forward, backward)
+    return value(params)
 
 
 Places = tuple[jax.Array, jax.Array]  # G x places: where to read, whether there is anything

@@ -12,12 +12,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed as _jax_distributed  # the store has no public name; Orbax reads it here too
 from rich.console import Console
+from rich.segment import Segment
 
 from jmlr_jax.errors import JmlrError
 
@@ -94,12 +95,23 @@ def is_first() -> bool:
     return _store() is None or jax.process_index() == 0
 
 
+_UNPRINTED = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
+
+class _Console(Console):
+    """Control characters of a text are shown, not sent: a passage must not move the cursor or recolour a terminal."""
+
+    def render(self, *args: Any, **named: Any) -> Iterable[Segment]:
+        for part in super().render(*args, **named):
+            yield part if part.control else Segment(part.text.translate(_UNPRINTED), part.style)
+
+
 def console(*, out: bool = False) -> Console:
     """Standard error of process 0, or its standard output for what a command was asked for; the others are silent.
 
     Text is printed as it stands: a path or a record may hold brackets, colons or numbers that mean nothing to us.
     """
-    return Console(stderr=not out, quiet=not is_first(), markup=False, emoji=False, highlight=False, soft_wrap=True)
+    return _Console(stderr=not out, quiet=not is_first(), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def from_first(act: Callable[[], Any]) -> Any:

@@ -17,6 +17,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def replicate(mesh: Mesh, array: np.ndarray) -> jax.Array:
+    """An array that every process holds, on every device of the mesh."""
+    return jax.make_array_from_callback(array.shape, replicated(mesh), lambda where: array[where])
+
+
+def rows_shape(mesh: Mesh, *shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+    """An array of a batch as a shape with its place; its first axis are the rows."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+
 def addressable_rows(mesh: Mesh, rows: int) -> np.ndarray:
     """int64, increasing: which of the `rows` of a batch lie on devices of this process.
 

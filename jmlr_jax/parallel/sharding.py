@@ -42,6 +42,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "encoder_vocab": None,
     "encoder_heads": None,
     "encoder_mlp": None,
+    "parts": None,
     "positions": None,
     "token_types": None,
     "token_vector": None,
@@ -154,13 +155,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
+def batch_ways(mesh: Mesh) -> int:
+    """Over how many groups of devices the rows of a batch are spread."""
+    return math.prod(mesh.shape[name] for name in _names(RULES["batch"]))
+
+
 def check_rows(mesh: Mesh, rows: int, what: str) -> int:
     """Rows each (data, fsdp) position holds; `what` names the setting in the error.
 
     Raises:
         ShardingError: `rows` does not divide.
     """
-    ways = math.prod(mesh.shape[name] for name in _names(RULES["batch"]))
+    ways = batch_ways(mesh)
     if rows % ways:
         over = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in _names(RULES["batch"]))
         raise ShardingError(f"{what}={rows} is not a multiple of {over} = {ways}")

@@ -8,8 +8,9 @@ counts only as far as it outlasts the work of the same loop. Nothing here has ru
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 from jmlr_jax.nn.attention import visited
 from jmlr_jax.planning.chips import Chip
@@ -66,11 +67,12 @@ def part(where: str) -> str:
     return "rest"
 
 
-def estimate(operations: Iterable[Operation], chip: Chip, window: int | None = None) -> Estimate:
+def estimate(operations: Iterable[Operation], chip: Chip, windows: Sequence[int | None] = (None,)) -> Estimate:
     """Prices the operations of a program (:meth:`jmlr_jax.planning.hlo.Module.operations`) on a chip.
 
     Args:
-        window: sliding window of the attention, which the kernels' shapes do not show.
+        windows: of each layer's attention, which the kernels' shapes do not show. A kernel counts as their mean: layers
+            with and without a window are one program, with a kernel for either.
     """
     seconds: dict[str, float] = dict.fromkeys((*PARTS, *EXTRA), 0.0)
     flops = recomputed = kernel_flops = waited = 0.0
@@ -82,7 +84,7 @@ def estimate(operations: Iterable[Operation], chip: Chip, window: int | None = N
         work = one.cycles / chip.clock * one.times
         found = one.flops
         if one.kind == "kernel":
-            found, time = _kernel(one, chip, window)
+            found, time = _kernel(one, chip, windows)
             kernel_flops += found * one.times
             seconds["attention_kernels"] += time * one.times
             work_of_loop[one.loop] += time * one.times
@@ -105,10 +107,10 @@ def estimate(operations: Iterable[Operation], chip: Chip, window: int | None = N
     return Estimate(seconds, flops, recomputed, kernel_flops, dict(moved), share)
 
 
-def _kernel(one: Operation, chip: Chip, window: int | None) -> tuple[float, float]:
+def _kernel(one: Operation, chip: Chip, windows: Sequence[int | None]) -> tuple[float, float]:
     """FLOPs and seconds of one call of an attention kernel."""
     *rows, heads, length, width = next(shape for shape in one.operands if len(shape) >= 3 and shape[-1] % 64 == 0)
-    pairs = (rows[0] if rows else 1) * heads * visited(length, window)
+    pairs = (rows[0] if rows else 1) * heads * mean(visited(length, window) for window in windows)
     backward = "dkv" in one.where or "transpose" in one.where and "rematted" not in one.where
     products, vector = (PRODUCTS_BACKWARD, VECTOR_BACKWARD) if backward else (PRODUCTS_FORWARD, VECTOR_FORWARD)
     flops = products * 2.0 * width * pairs

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 BYTES = {
     **dict.fromkeys(("s4", "u4"), 0.5),
@@ -67,11 +67,13 @@ class Instruction:
 
 
 Computation = dict[str, Instruction]
+# (path of names of a choice, how many branches it has) -> how often each is taken, or None where that is not known.
+Taken = Callable[[str, int], Sequence[float] | None]
 
 
 @dataclass(frozen=True)
 class Operation:
-    """Something that takes time, `times` times in one run of the program.
+    """Something that takes time, `times` times in one run of the program, or so often in the mean of many.
 
     Attributes:
       kind: "compute"; "kernel", a custom call without an estimate; or the name of a collective.
@@ -86,7 +88,7 @@ class Operation:
 
     kind: str
     where: str
-    times: int
+    times: float
     cycles: int
     flops: float
     bytes: float
@@ -102,26 +104,37 @@ class Module:
     computations: dict[str, Computation] = field(default_factory=dict)
     entry: str = ""
 
-    def operations(self) -> Iterator[Operation]:
-        """Every operation that takes time, in the order of the schedule; loops once, with their number of turns."""
-        yield from self._walk(self.entry, 1, "", set())
+    def operations(self, taken: Taken = lambda where, branches: None) -> Iterator[Operation]:
+        """Every operation that takes time, in the order of the schedule; loops once, with their number of turns.
 
-    def _walk(self, name: str, times: int, loop: str, seen: set[str]) -> Iterator[Operation]:
+        Args:
+          taken: how often the branches of a choice are taken; of one that it does not know, the dearest is.
+        """
+        yield from self._walk(self.entry, 1, "", set(), taken)
+
+    def _walk(self, name: str, times: float, loop: str, seen: set[str], taken: Taken) -> Iterator[Operation]:
         inside = self.computations[name]
         for one in inside.values():
             if one.opcode == "while":
                 turns, here = self._turns(one, inside), f"{one.get('op_name')}/{one.name}"
-                yield from self._walk(one.get("body"), times * turns, here, seen)
+                yield from self._walk(one.get("body"), times * turns, here, seen, taken)
             elif one.opcode == "call":
-                yield from self._walk(one.get("to_apply"), times, loop, seen)
+                yield from self._walk(one.get("to_apply"), times, loop, seen, taken)
             elif one.opcode == "conditional":
                 branches = re.findall(r"[\w.\-]+", one.get("branches"))
-                found = [list(self._walk(branch, times, loop, seen)) for branch in branches]
-                yield from max(found, key=lambda operations: sum(o.cycles for o in operations), default=[])
+                found = [list(self._walk(branch, times, loop, seen, taken)) for branch in branches]
+                # A choice that is differentiated has no name of its own; the dearest of what it holds has one.
+                dearest = max((o for operations in found for o in operations), key=lambda o: o.cycles, default=None)
+                often = taken(one.get("op_name") or (dearest.where if dearest else ""), len(branches))
+                if often is None:
+                    yield from max(found, key=lambda operations: sum(o.cycles for o in operations), default=[])
+                else:
+                    for share, operations in zip(often, found, strict=True):
+                        yield from (replace(o, times=o.times * share) for o in operations if share)
             elif one.opcode not in FREE and not one.opcode.endswith("-done"):
                 yield self._price(one, inside, times, loop, seen)
 
-    def _price(self, one: Instruction, inside: Computation, times: int, loop: str, seen: set[str]) -> Operation:
+    def _price(self, one: Instruction, inside: Computation, times: float, loop: str, seen: set[str]) -> Operation:
         read = [inside[o] for o in one.operands if o in inside]
         operands = tuple(dims for operand in read for _, dims in shapes(operand.shape))
         kind, moved, overlapped = "compute", one.bytes + sum(operand.bytes for operand in read), False

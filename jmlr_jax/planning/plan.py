@@ -9,25 +9,28 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 
 from jmlr_jax.config import Config, MeshConfig
+from jmlr_jax.nn.abstract import shard_bytes
 from jmlr_jax.parallel.libtpu import set_flags
 from jmlr_jax.parallel.sharding import ShardingError, make_mesh, replicated_report
 from jmlr_jax.planning.chips import CHIPS, GIB, Chip
-from jmlr_jax.planning.estimate import Estimate, estimate
+from jmlr_jax.planning.estimate import Estimate, estimate, part
 from jmlr_jax.planning.hlo import parse
+from jmlr_jax.planning.lengths import Lengths, Packed, packed
 from jmlr_jax.planning.programs import (
     PlanError,
     Source,
     encode_program,
     evaluate_program,
     resolved,
-    shard_bytes,
     step_program,
 )
 from jmlr_jax.run.phases import PHASES
@@ -50,12 +53,16 @@ class Program:
     Attributes:
       parts: memory by what it holds; they add up to `used`.
       estimate: None where the program does not fit, since then there is no program.
+      typical: the same at the lengths that were given.
+      compiling: seconds that the compiler took, here.
     """
 
     parts: dict[str, float]
     used: float
     available: float
     estimate: Estimate | None
+    typical: Estimate | None = None
+    compiling: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -75,6 +82,7 @@ class Plan:
     Attributes:
       replicated: weights and moments of at least LARGE bytes that every chip holds whole, with their bytes.
       encode, evaluate: None where only the step was asked for.
+      lengths, packed: those of a data set, and what the step computes for at them; None: everything at full length.
     """
 
     cfg: Config
@@ -86,6 +94,8 @@ class Plan:
     step: Program
     encode: Program | None = None
     evaluate: Program | None = None
+    lengths: Lengths | None = None
+    packed: Packed | None = None
 
     @property
     def chips(self) -> int:
@@ -112,12 +122,13 @@ class Plan:
         return math.ceil(MEDQA_QUESTIONS / self.cfg.train.batch_size) * self.seconds / 3600
 
 
-def make_plan(cfg: Config, topology: str | None = None, *, whole: bool = True) -> Plan:
+def make_plan(cfg: Config, topology: str | None = None, *, whole: bool = True, lengths: Lengths | None = None) -> Plan:
     """Compiles a configuration for a slice; minutes for a large model.
 
     Args:
         topology: generation and shape in chips, as ``v5e:4x4``; None takes ``mesh.topology``.
         whole: the encoding and evaluation programs too, not the joint step alone.
+        lengths: of the data set; the step is then priced at them too.
 
     Raises:
         PlanError: no topology, an unknown one, or a vocabulary size that only the data would tell.
@@ -129,12 +140,14 @@ def make_plan(cfg: Config, topology: str | None = None, *, whole: bool = True) -
     chip, devices = slice_of(name)
     mesh = make_mesh(cfg.mesh, devices)
     programs = {"step": step_program} | ({"encode": encode_program, "evaluate": evaluate_program} if whole else {})
-    window = cfg.generator.llama.sliding_window
+    windows = cfg.generator.llama.windows
     sources = {key: make(cfg, mesh) for key, make in programs.items()}
     state, frozen, _ = sources["step"].arguments
     replicated = replicated_report({"state": state, "frozen": frozen}, LARGE)
-    compiled = {key: compile_program(source, chip, window) for key, source in sources.items()}
-    return Plan(cfg, name, chip, dict(mesh.shape), step_work(resolved(cfg), PHASES["jmlr"]), replicated, **compiled)
+    found = None if lengths is None else packed(lengths, cfg, mesh.shape["data"] * mesh.shape["fsdp"])
+    compiled = {key: compile_program(source, chip, windows, found) for key, source in sources.items()}
+    work = step_work(resolved(cfg), PHASES["jmlr"])
+    return Plan(cfg, name, chip, dict(mesh.shape), work, replicated, **compiled, lengths=lengths, packed=found)
 
 
 def search(cfg: Config, topology: str | None = None) -> Iterator[Plan]:
@@ -187,11 +200,12 @@ def slice_of(topology: str) -> tuple[Chip, list[Any]]:
     return CHIPS[generation], list(found.devices)
 
 
-def compile_program(source: Source, chip: Chip, window: int | None) -> Program:
-    """Memory by part and seconds of a program on its chips."""
+def compile_program(source: Source, chip: Chip, windows: Sequence[int | None], at: Packed | None = None) -> Program:
+    """Memory by part and seconds of a program on its chips; with `at` also those at the lengths of a data set."""
+    started = time.monotonic()
     optimizer, batch = shard_bytes(source.optimizer), shard_bytes(source.batch)
     weights = shard_bytes(source.arguments) - optimizer - batch
-    parts = {"weights": weights, "optimizer": optimizer, "batch": batch}
+    parts: dict[str, float] = {"weights": weights, "optimizer": optimizer, "batch": batch}
     try:
         compiled = source.lower(*source.arguments).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -208,5 +222,13 @@ def compile_program(source: Source, chip: Chip, window: int | None) -> Program:
     parts["temporaries"] = memory.temp_size_in_bytes
     parts["results"] = memory.output_size_in_bytes - memory.alias_size_in_bytes
     parts["code"] = memory.generated_code_size_in_bytes
-    operations = parse(compiled.as_text()).operations()
-    return Program(parts, sum(parts.values()), chip.hbm, estimate(operations, chip, window))
+    module = parse(compiled.as_text())
+    priced = estimate(module.operations(), chip, windows)
+    typical = None if at is None else estimate(module.operations(partial(_taken, at)), chip, windows)
+    return Program(parts, sum(parts.values()), chip.hbm, priced, typical, time.monotonic() - started)
+
+
+def _taken(at: Packed, where: str, branches: int) -> Sequence[float] | None:
+    """How often each number of places is computed for, where a choice is of those."""
+    shares = at.shares.get(part(where).partition("_")[0], ())
+    return shares if len(shares) == branches else None

@@ -5,7 +5,6 @@ Each is the function that a run calls, of the same builder, at the widths of the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,12 +20,13 @@ from jmlr_jax.evaluation.reading import evaluate_batch
 from jmlr_jax.nn import lora
 from jmlr_jax.nn.abstract import abstract_weights
 from jmlr_jax.nn.functional import encode_passages
-from jmlr_jax.parallel.placement import replicated
-from jmlr_jax.parallel.sharding import batch_sharding, check_rows, partition_spec
+from jmlr_jax.parallel.placement import replicated, rows_shape
+from jmlr_jax.parallel.sharding import check_rows, partition_spec
 from jmlr_jax.retrieval.encode import encode_batch
 from jmlr_jax.run.phases import PHASES
-from jmlr_jax.training.program import phase_program
+from jmlr_jax.training.program import batch_shapes, phase_program
 
+CHAT_OPENING = 4  # tokens that Gemma's chat template opens with; a plan reads no template
 OPTIONS = 5  # continuations of a question in evaluation: four options and the right answer
 BOS, EOS, PAD = 1, 2, 0  # of a tokenizer that a plan does not read; which ids they are changes no cost
 
@@ -73,22 +73,8 @@ def resolved(cfg: Config) -> Config:
 def step_program(cfg: Config, mesh: Mesh) -> Source:
     """The joint step of the ``jmlr`` phase, as :mod:`jmlr_jax.training.loop` runs it."""
     cfg = resolved(cfg)
-    retriever, train, g = cfg.retriever, cfg.train, cfg.generator
-    program = phase_program(cfg, PHASES["jmlr"], retriever, g.llama, _ids(cfg), train.steps, mesh)
-    B, K, rows = train.batch_size, train.candidates, partial(_rows, mesh)
-    batch = {
-        "query_ids_BxQ": rows(B, retriever.query_length),
-        "query_len_B": rows(B),
-        "passage_ids_BxKxP": rows(B, K, retriever.passage_length),
-        "passage_len_BxK": rows(B, K),
-        "reader_ids_BxKxL": rows(B, K, g.passage_length),
-        "reader_len_BxK": rows(B, K),
-        "question_ids_BxS": rows(B, g.question_length),
-        "question_len_B": rows(B),
-        "answer_ids_BxA": rows(B, g.answer_length),
-        "answer_len_B": rows(B),
-        "valid_BxK": rows(B, K, dtype=jnp.bool_),
-    }
+    program = phase_program(cfg, PHASES["jmlr"], cfg.retriever, cfg.generator.llama, _ids(cfg), cfg.train.steps, mesh)
+    batch = batch_shapes(cfg, PHASES["jmlr"], mesh)
     arguments = program.state, program.frozen, batch
     return Source(partial(_lower, mesh, program.step.lower), arguments, program.state["opt"], batch)
 
@@ -112,7 +98,7 @@ def evaluate_program(cfg: Config, mesh: Mesh) -> Source:
     cfg = resolved(cfg)
     llama, g, B = cfg.generator.llama, cfg.generator, cfg.eval.batch_size
     check_rows(mesh, B, "eval.batch_size")
-    rows, N = partial(_rows, mesh), cfg.train.read_passages
+    rows, N = partial(rows_shape, mesh), cfg.train.read_passages
     weights = abstract_weights(cfg.retriever, llama, g.lora, mesh)
     params, adapters = weights["generator"], None
     if g.lora is not None:
@@ -131,17 +117,9 @@ def evaluate_program(cfg: Config, mesh: Mesh) -> Source:
     return Source(partial(_lower, mesh, lower), (params, adapters, batch), (), batch)
 
 
-def shard_bytes(tree: Any) -> float:
-    """Bytes that one device holds of a tree of placed shapes."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def _ids(cfg: Config) -> GeneratorIds:
-    return GeneratorIds(BOS, EOS, PAD, cfg.generator.llama.vocab_size)
-
-
-def _rows(mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+    head = (BOS,) * CHAT_OPENING if cfg.generator.chat else ()
+    return GeneratorIds(BOS, EOS, PAD, cfg.generator.llama.vocab_size, head)
 
 
 def _lower(mesh: Mesh, lower: Callable[..., Any], *arguments: Any) -> Any:

@@ -14,7 +14,9 @@ from jmlr_jax.config import Config
 from jmlr_jax.files import write_text
 from jmlr_jax.parallel import distributed
 from jmlr_jax.planning.chips import GIB
+from jmlr_jax.planning.epoch import hours
 from jmlr_jax.planning.estimate import VECTOR_FORWARD
+from jmlr_jax.planning.lengths import lengths_of
 from jmlr_jax.planning.plan import MEDQA_QUESTIONS, SPARE, Plan, Program, make_plan, search
 from jmlr_jax.planning.programs import PlanError
 
@@ -30,13 +32,17 @@ NOTES = (
 )
 
 
-def run(cfg: Config, topology: str | None, try_all: bool, json_path: str | None) -> None:
+def run(cfg: Config, topology: str | None, try_all: bool, json_path: str | None, lengths: str | None) -> None:
     """Makes and prints a plan; with `try_all` of every mesh, and then in full of the fastest that fits.
+
+    Args:
+        lengths: of :func:`jmlr_jax.planning.lengths.lengths_of`.
 
     Raises:
         PlanError, ShardingError: see :func:`jmlr_jax.planning.plan.make_plan`; also if no mesh divides, or none fits.
     """
     console, notes = distributed.console(out=True), distributed.console()
+    known = None if lengths is None else lengths_of(lengths)
     if try_all:
         found = []
         for one in search(cfg, topology):
@@ -49,7 +55,7 @@ def run(cfg: Config, topology: str | None, try_all: bool, json_path: str | None)
             raise PlanError(f"none of {len(found)} layouts fits with {SPARE:.0%} to spare: take a larger slice")
         cfg = min(fitting, key=lambda one: one.seconds or 0).cfg
     notes.print("compiling; minutes for a large model")
-    plan = make_plan(cfg, topology)
+    plan = make_plan(cfg, topology, lengths=known)
     print_plan(plan, console)
     if json_path is not None:
         write_text(json_path, json.dumps(to_json(plan), indent=1) + "\n")
@@ -78,6 +84,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
                 "hbm_gib": _gib(program),
                 "seconds_estimated": program.estimate.total if program.estimate else None,
             }
+    if plan.packed is not None and step.typical is not None:
+        breakdown["lengths"] = _at_lengths(plan)
     return {
         "fits": step.fits,
         "topology": plan.topology,
@@ -93,6 +101,24 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "epoch_hours_estimated": plan.epoch_hours,
         "breakdown": breakdown,
     }
+
+
+def _at_lengths(plan: Plan) -> dict[str, Any]:
+    """What the plan says at the lengths of its data set."""
+    assert plan.lengths is not None and plan.packed is not None and plan.step.typical is not None
+    seconds = plan.step.typical.total
+    found: dict[str, Any] = {"of": plan.lengths.name, "mean": plan.packed.mean, "width": plan.packed.width}
+    found |= {
+        "places": {name: list(places) for name, places in plan.packed.places.items()},
+        "shares": {name: list(shares) for name, shares in plan.packed.shares.items()},
+        "step_seconds_estimated": seconds,
+        "seconds": plan.step.typical.seconds,
+    }
+    found["questions_an_hour"] = plan.cfg.train.batch_size / seconds * 3600
+    if plan.encode and plan.encode.fits and plan.evaluate and plan.evaluate.fits:
+        found["epoch_hours"] = hours(plan)
+        found["epoch_usd_assumed"] = sum(found["epoch_hours"].values()) * plan.chips * plan.chip.price
+    return found
 
 
 def cost(plan: Plan) -> float | None:
@@ -163,6 +189,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.step.estimate is not None:
         console.print(_time_table(plan))
         console.print(_summary_table(plan))
+    if plan.packed is not None and plan.step.typical is not None:
+        console.print(_lengths_table(plan))
     for line in verdict(plan):
         console.print(line)
     for name, size in plan.replicated:
@@ -240,4 +268,25 @@ def _summary_table(plan: Plan) -> Table:
             unit = "passages" if name == "encoding" else "questions"
             time = program.estimate.total
             table.add_row(f"{name}, a batch of {rows}", f"{time:.3f} s, {rows / time * 3600:,.0f} {unit} an hour")
+    return table
+
+
+def _lengths_table(plan: Plan) -> Table:
+    found = _at_lengths(plan)
+    assert plan.packed is not None
+    table = Table("", "estimated", title=Text(f"at the lengths of {found['of']}"))
+    for name, what in (("judge", "judging"), ("read", "reading")):
+        mean, width = plan.packed.mean[name], plan.packed.width[name]
+        table.add_row(f"tokens of a {what} prompt", f"{mean:,.0f} of {width:,}")
+        often = zip(plan.packed.places[name], plan.packed.shares[name], strict=True)
+        said = ", ".join(f"{place:.0%}: {share:.0%}" for place, share in often)
+        table.add_row(f"steps whose {what} computes for so many of the places", said)
+    table.add_row("seconds a step", f"{found['step_seconds_estimated']:.3f}")
+    table.add_row("questions an hour", f"{found['questions_an_hour']:,.0f}")
+    if "epoch_hours" in found:
+        table.add_section()
+        for name, value in found["epoch_hours"].items():
+            table.add_row(f"epoch: {name}", f"{value:.2f} h")
+        together = sum(found["epoch_hours"].values())
+        table.add_row("epoch", f"{together:.2f} h, {found['epoch_usd_assumed']:,.0f} US dollars assumed")
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 
 import bm25s
@@ -93,3 +94,14 @@ class BM25:
             rows[i, : len(best)] = best
             scores[i, : len(best)] = score_N[best]
         return rows, scores
+
+    def shared(self, query: str, text: str) -> list[tuple[int, int]]:
+        """Places ``text[start:end]`` of the words that query and text have in common, as the index compares them.
+
+        >>> BM25(["..."]).shared("which drugs help", "A drug, drugged"), BM25(["..."]).shared("the", "the")
+        ([(2, 6), (8, 15)], [])
+        """
+        asked = set(self._words([query])[0])
+        found = list(re.finditer(r"\w+", text))
+        stems = self._words([word[0] for word in found]) if found else []
+        return [(word.start(), word.end()) for word, stem in zip(found, stems, strict=True) if asked & set(stem)]

@@ -28,7 +28,18 @@ from jmlr_jax.retrieval.encoding import (
     reduced,
 )
 from jmlr_jax.retrieval.fde import fit_fde
-from jmlr_jax.retrieval.tokens import BATCHES, TokenStore, best_of, gather, padded, score_tokens, trimmed
+from jmlr_jax.retrieval.tokens import (
+    BATCHES,
+    TILE,
+    Tiles,
+    TokenStore,
+    best_of,
+    gather,
+    padded,
+    rounded,
+    score_tokens,
+    trimmed,
+)
 from jmlr_jax.retrieval.vectors import TokenVectors, check_allowed, check_queries, drawn_rows
 
 SAMPLE_TOKENS = 1_000_000  # from which token code and partitions are learned
@@ -214,6 +225,27 @@ class ScannIndex:
                 row_NxH, self.score(q, row_NxH), k
             )
         return rows_NxK, score_NxK
+
+    def compile(self, k: int, columns: int) -> None:
+        """Compiles the scoring of every number of tiles that a search for `k` passages can come to.
+
+        Args:
+          columns: tokens of a question, as :func:`jmlr_jax.retrieval.tokens.trimmed` leaves them.
+        """
+        stores = [part.tokens for part in self.parts]
+        longest = max((-(-int(np.diff(store.offsets).max(initial=0)) // TILE) for store in stores), default=0)
+        hits = min(max(self.hits, k), len(self))
+        whole, rough = tuple(stores[0].arrays), ("centroid",)
+        for names, count in [(whole, self.kept(hits, k))] + [(rough, hits)] * (self.code is not None):
+            tiles, most = rounded(1), rounded(count * longest)
+            while tiles <= most:
+                like = {name: stores[0].arrays[name] for name in names}
+                arrays = {name: np.zeros((tiles, TILE, *x.shape[1:]), x.dtype) for name, x in like.items()}
+                none = np.zeros(tiles, np.int32)
+                score_tokens(
+                    self._code, np.zeros((columns, self.dim), np.float32), Tiles(arrays, none, none), hits=count
+                ).block_until_ready()
+                tiles = rounded(tiles + 1)
 
     def kept(self, hits: int, k: int) -> int:
         """How many of so many hits are scored in full for the best k, after all have been by their centroids."""

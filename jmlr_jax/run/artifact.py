@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from jmlr_jax.errors import JmlrError
-from jmlr_jax.files import write_text
+from jmlr_jax.files import digest, write_text
 from jmlr_jax.parallel.distributed import from_first
 
 RECORD = "made_from.json"
-FORMAT = 1  # raise when what artifacts hold changes its form
+FORMAT = 2  # raise when what artifacts hold changes its form
 
 
 class ArtifactError(JmlrError):
@@ -59,22 +59,28 @@ class Recipe:
         path = folder / RECORD
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            recipe = cls(folder, found["keys"], found["inputs"], found["places"])
+            recipe = cls(folder, dict(found["keys"]), dict(found["inputs"]), dict(found["places"]))
+            intact = found["digest"] == recipe.digest and isinstance(found["files"], dict)
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ArtifactError(f"{path}: not a record ({error!r}); remove {folder} to make it again") from None
-        if found.get("format") != FORMAT or found.get("digest") != recipe.digest:
+        if found.get("format") != FORMAT or not intact:
             raise ArtifactError(
                 f"{path}: changed since it was written, or of another version of jmlr; remove {folder} to make it again"
             )
         return recipe
 
-    def write(self, folder: Path | None = None) -> None:
-        """Writes the record, into `folder` if the artifact still lies elsewhere."""
+    def write(self, folder: Path | None = None, files: Mapping[str, str] | None = None) -> None:
+        """Writes the record.
+
+        Args:
+          folder: where the artifact still lies, if not in its own.
+          files: digests of its files, for :func:`check_files`; None where they have checks of their own.
+        """
         found = {"format": FORMAT, "digest": self.digest, "keys": self.keys, "inputs": self.inputs}
-        text = json.dumps({**found, "places": self.places}, indent=1, ensure_ascii=False)
-        write_text((folder or self.folder) / RECORD, text + "\n")
+        found |= {"places": self.places, "files": files or {}}
+        write_text((folder or self.folder) / RECORD, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
     def differences(self, other: Recipe) -> list[str]:
         """One line for each key and input that differs from the recipe `other`, which made what is there."""
@@ -92,10 +98,45 @@ class Recipe:
         return said
 
 
+def check_files(folder: Path, only: tuple[str, ...] = ()) -> None:
+    """Raises ArtifactError unless every file that an artifact was finished with is there as it was, byte for byte.
+
+    Args:
+      folder: an artifact whose record can be read; without one nothing is known, and nothing checked.
+      only: names of files in it; all if none is given.
+    """
+    if not (folder / RECORD).exists():
+        return
+    known = json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]
+    for name, was in known.items():
+        if only and name not in only:
+            continue
+        file = folder / name
+        try:
+            now = digest(file)
+        except FileNotFoundError:
+            raise ArtifactError(f"{file}: is gone; {_again(folder)}") from None
+        if now != was:
+            raise ArtifactError(f"{file}: changed since it was written; {_again(folder)}")
+
+
+def _again(folder: Path) -> str:
+    return f"remove {folder} and give the command that made it again"
+
+
+def listed(folder: Path) -> dict[str, str]:
+    """Digests of the files of an artifact, by name below its folder; the record is none of them."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name: digest(folder / name) for name in sorted(names) if name != RECORD}
+
+
 def changes(recipe: Recipe) -> list[str] | None:
     """How `recipe` differs from what made its folder; none if they are equal, None if nothing is there.
 
     Of several processes the first looks, and all must ask.
+
+    Raises:
+      ArtifactError: what is there is damaged.
     """
     found: list[str] | None = from_first(lambda: _changes(recipe))
     return found
@@ -106,7 +147,10 @@ def _changes(recipe: Recipe) -> list[str] | None:
     if old.exists() and not recipe.folder.exists():  # killed between the two moves of `_make`
         old.rename(recipe.folder)
     made = Recipe.read(recipe.folder)
-    return None if made is None else recipe.differences(made)
+    if made is None:
+        return None
+    check_files(recipe.folder)
+    return recipe.differences(made)
 
 
 def refuse(recipe: Recipe, differ: list[str], remedy: str) -> None:
@@ -129,6 +173,7 @@ def artifact(recipe: Recipe, make: Callable[[Path], None], said: Callable[[str],
       Whether it was made now.
 
     Raises:
+      ArtifactError: what is there is damaged.
       OSError: the disk; what was there before stays.
     """
     differ = _changes(recipe)
@@ -149,7 +194,7 @@ def _make(recipe: Recipe, make: Callable[[Path], None]) -> None:
     part.mkdir(parents=True)
     try:
         make(part)
-        recipe.write(part)
+        recipe.write(part, listed(part))
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         for parent in fresh:

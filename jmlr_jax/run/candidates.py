@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,15 +22,22 @@ from jmlr_jax.files import replacing
 from jmlr_jax.parallel.distributed import check_same, from_first, is_first, on_first
 from jmlr_jax.retrieval.candidates import mixed_table, overlap, random_table, recall
 from jmlr_jax.retrieval.store import params_fingerprint
+from jmlr_jax.run.artifact import Recipe
 from jmlr_jax.run.index import merged, retrieve, retriever_index, search
-from jmlr_jax.run.open import Run
+from jmlr_jax.run.open import DataError, Run
 from jmlr_jax.run.phases import PassageSource
 
 SPARE_DEPTH = 4  # how many times its count each source of a mixture is asked for, to fill up what they have in common
 
 
-def fixed_table(run: Run, source: PassageSource, split: str, k: int, retriever: Any = None) -> np.ndarray:
-    """A table that does not change while an arm trains or is evaluated: int32 [N, k], best first, -1 padding."""
+def fixed_table(
+    run: Run, source: PassageSource, split: str, k: int, retriever: Any = None, rows: np.ndarray | None = None
+) -> np.ndarray:
+    """A table that does not change while an arm trains or is evaluated: int32 [N, k], best first, -1 padding.
+
+    Args:
+      rows: the questions that will be read, each once: a retriever is asked for no others. None: all.
+    """
     count, passages = len(run.prepared.questions(split)), len(run.prepared.passages)
     if source == "none":
         return np.full((count, k), -1, np.int32)
@@ -37,25 +45,55 @@ def fixed_table(run: Run, source: PassageSource, split: str, k: int, retriever: 
         return random_table(count, passages, k, seed=run.seed("random passages", split))
     if source == "bm25":
         return bm25_table(run, split, k)
-    return retrieve(run, retriever_index(run, retriever), retriever, split, np.arange(count), k)
+    rows, table_NxK = np.arange(count) if rows is None else rows, np.full((count, k), -1, np.int32)
+    if len(rows):
+        table_NxK[rows] = retrieve(run, retriever_index(run, retriever), retriever, split, rows, k)
+    return table_NxK
 
 
-def kept_tables(file: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def kept_tables(file: Path, of: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Tables that a phase began with, by split: made once, so that a resumed phase reads the very same ones.
 
     Building an index is not deterministic replicated, and the same weights can give it other hits. Every process must
     call it.
+
+    Args:
+      of: digest of the phase's recipe.
+
+    Raises:
+      DataError: the file is damaged, or of another phase.
     """
     if from_first(file.exists):
-        return dict(np.load(file, allow_pickle=False))
+        return _load(file, [of])
     tables = make()
-    on_first(lambda: _save(file, tables))
+    on_first(lambda: _save(file, tables, [of]))
     return tables
 
 
-def _save(file: Path, tables: dict[str, np.ndarray]) -> None:
+def _save(file: Path, tables: dict[str, np.ndarray], of: list[str]) -> None:
     with replacing(file) as out:
-        np.savez(out, allow_pickle=False, **tables)
+        np.savez(out, allow_pickle=False, of=np.array(of), **tables)
+
+
+def _load(file: Path, of: list[str]) -> dict[str, np.ndarray]:
+    """Tables of :func:`_save`; what the file holds is checked by its own sums, whose it is by `of`.
+
+    Raises:
+      DataError: there is no such file, or it is damaged, or of another phase, run or step.
+    """
+    try:
+        with zipfile.ZipFile(file) as held:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in held.infolist()):
+                raise ValueError("it is compressed, and could hold more than memory")
+        with np.load(file, allow_pickle=False) as found:
+            tables = dict(found)
+            what = None if tables.pop("of").tolist() == of else "is of another phase, run or step"
+    except Exception as error:  # zip, numpy and the disk have an error each
+        what = "is gone" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+    if what is not None:
+        folder = file.parent.parent
+        raise DataError(f"{file}: {what}; bring it back from a copy, or remove {folder} to train it again")
+    return tables
 
 
 def bm25_table(run: Run, split: str, k: int, with_answer: bool = False) -> np.ndarray:
@@ -81,6 +119,8 @@ class Candidates:
 
     def __init__(self, run: Run, folder: Path):
         self.run, self.folder = run, folder
+        begun = Recipe.read(folder.parent)
+        self._of = begun.digest if begun else ""
         train = run.cfg.train
         self._lexical = {
             split: bm25_table(run, split, SPARE_DEPTH * train.mix.bm25) if train.mix.bm25 else None
@@ -143,7 +183,7 @@ class Candidates:
         self.metrics = dict(metrics)
         step = int(state["pending"])
         if step >= 0:
-            self._pending = step, self._pool.submit(lambda: dict(np.load(self._file(step))))
+            self._pending = step, self._pool.submit(lambda: self._own(step))
 
     def close(self) -> None:
         """Ends the thread; a refresh nobody waits for is given up."""
@@ -168,7 +208,7 @@ class Candidates:
     def _found(self, step: int, retriever: Any, rows: np.ndarray) -> dict[str, np.ndarray]:
         fingerprint = np.array(params_fingerprint(jax.device_get(retriever)))
         if is_first() and self._file(step).exists():  # one answer for all processes, see `_made`
-            made = dict(np.load(self._file(step)))
+            made = self._own(step)
             if made["fingerprint"] == fingerprint and np.array_equal(made["rows"], rows):
                 return made
         run, depth = self.run, SPARE_DEPTH * self.run.cfg.train.mix.index
@@ -186,9 +226,9 @@ class Candidates:
         made = future.result()
         if not from_first(lambda: "train" in made):
             made = self._mix(step, made)
-            on_first(lambda: _save(self._file(step), made))
+            on_first(lambda: _save(self._file(step), made, [self._of, str(step)]))
         elif "train" not in made:  # process 0 has found the file
-            made = dict(np.load(self._file(step)))
+            made = self._own(step)
         finished: Future[dict[str, np.ndarray]] = Future()
         finished.set_result(made)
         self._pending = step, finished
@@ -218,6 +258,10 @@ class Candidates:
             passages = len(self.run.prepared.passages)
             parts["random"] = random_table(len(rows), passages, 2 * train.candidates, seed), train.mix.random
         return mixed_table(parts, train.candidates, self.run.seed("candidates", split, "order", step))
+
+    def _own(self, step: int) -> dict[str, np.ndarray]:
+        """The file of a refresh of this phase; raises DataError if it is another's, or damaged."""
+        return _load(self._file(step), [self._of, str(step)])
 
     def _file(self, step: int) -> Path:
         return self.folder / f"step_{step:07d}.npz"

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,8 @@ from jmlr_jax.config import Config
 from jmlr_jax.config_models import LlamaConfig, RetrieverConfig
 from jmlr_jax.data.batches import CARD, Prepared
 from jmlr_jax.errors import JmlrError
-from jmlr_jax.files import local_path, write_text
+from jmlr_jax.files import local_path, read_sealed, write_sealed
+from jmlr_jax.hf.follow import followed
 from jmlr_jax.hf.load import load_generator, load_retriever
 from jmlr_jax.nn import lora
 from jmlr_jax.nn.abstract import abstract_adapters, abstract_weights
@@ -33,7 +33,7 @@ from jmlr_jax.parallel.distributed import DistributedError, check_same, gather, 
 from jmlr_jax.parallel.sharding import make_mesh
 from jmlr_jax.retrieval.bm25 import BM25
 from jmlr_jax.retrieval.vectors import drawn_rows
-from jmlr_jax.run.artifact import ArtifactError, Recipe, refuse
+from jmlr_jax.run.artifact import ArtifactError, Recipe, check_files, refuse
 from jmlr_jax.run.recipes import data_recipe
 from jmlr_jax.seeds import derived
 
@@ -59,7 +59,7 @@ class Run:
           ArtifactError: the data were prepared with other values or from other files.
           ShardingError: the mesh does not fit the devices.
         """
-        directory = local_path(cfg.run_dir)
+        directory, cfg = local_path(cfg.run_dir), followed(cfg)
         check_same("the configuration", config_io.to_yaml(cfg), "start the same command in every process")
         on_first(lambda: _check_data(cfg, directory / "data"))
         sees = gather((directory / "data" / CARD).is_file())
@@ -171,21 +171,22 @@ class Run:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Adds the seconds spent inside to ``timing.json`` under `name` and "total"; process 0's are kept."""
-        start = time.monotonic()
+        path, start = self.directory / "timing.json", time.monotonic()
+        on_first(lambda: read_sealed(path))  # a damaged one is told before anything is done
         try:
             yield
         finally:
-            path = self.directory / "timing.json"
             if is_first():
                 _add_seconds(path, (name, "total"), time.monotonic() - start)
 
 
 def _check_data(cfg: Config, folder: Path) -> None:
-    """Refuses prepared data that are not those of the configuration."""
-    Prepared.open(folder)
+    """Refuses prepared data that are damaged, or not those of the configuration."""
     made = Recipe.read(folder)
     if made is None:
+        Prepared.open(folder)  # says that there are none
         raise ArtifactError(f"{folder}: prepared by an earlier version of jmlr; run `jmlr prepare` again")
+    check_files(folder)
     asked = data_recipe(cfg, folder, made)
     refuse(
         asked,
@@ -196,10 +197,10 @@ def _check_data(cfg: Config, folder: Path) -> None:
 
 
 def _add_seconds(path: Path, names: tuple[str, ...], more: float) -> None:
-    seconds = json.loads(path.read_text()) if path.exists() else {}
+    seconds = read_sealed(path)
     for name in names:
         seconds[name] = round(seconds.get(name, 0.0) + more, 3)
-    write_text(path, json.dumps(seconds, indent=1) + "\n")
+    write_sealed(path, seconds)
 
 
 class DataError(JmlrError):

@@ -23,7 +23,7 @@ from jmlr_jax.run.phases import PHASES, Phase
 # Keys of the models that are no part of them: where they come from is an input, recomputation changes rounding alone.
 NOT_SHAPE = ("source", "tokenizer", "bert.remat", "llama.remat")
 TEXT_ONLY = ("source", "tokenizer", "bert", "llama", "lora", "dim", "attend_to_mask_tokens", "copy_init", "max_length")
-RANKING = ("retriever", "rank_loss", "rank_weight", "tie_margin", "sampled")
+RANKING = ("retriever", "rank_loss", "rank_weight", "help_margin", "sampled")
 LIVE = ("candidates", "mix", "refresh_steps", "refresh_delay")
 
 
@@ -38,7 +38,7 @@ def data_recipe(cfg: Config, folder: Path, made: Recipe | None = None) -> Recipe
     paths = tuple(f"{name}_path" for name in (*SPLITS, "corpus"))
     keys = _keys("data", cfg.data, leave=(*paths, *(() if embedded else ("world",))))
     keys |= {"seed": cfg.seed} if embedded else {}
-    keys |= _keys("retriever", cfg.retriever, leave=TEXT_ONLY) | _keys("generator", cfg.generator, leave=TEXT_ONLY)
+    keys |= _text_keys(cfg)
     keys["retriever.bert.vocab_size"] = cfg.retriever.bert.vocab_size
     keys["generator.llama.vocab_size"] = cfg.generator.llama.vocab_size
     places = {f"data.{name}": getattr(cfg.data, name) for name in paths if not embedded}
@@ -57,6 +57,11 @@ def data_recipe(cfg: Config, folder: Path, made: Recipe | None = None) -> Recipe
     for library in ("tokenizers", "transformers"):
         inputs[f"the library {library}"] = metadata.version(library)
     return Recipe(folder, keys, inputs, places)
+
+
+def _text_keys(cfg: Config) -> dict[str, Any]:
+    """Keys that decide how text becomes tokens."""
+    return _keys("retriever", cfg.retriever, leave=TEXT_ONLY) | _keys("generator", cfg.generator, leave=TEXT_ONLY)
 
 
 def model_recipe(cfg: Config, fingerprints: Mapping[str, str], half: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -84,7 +89,7 @@ def phase_recipe(cfg: Config, fingerprints: Mapping[str, str], phase: Phase, ear
     else:
         used += ["steps"] + ["generator"] * phase.read + ["read_passages"] * (phase.passages != "none")
     if phase.rank:
-        used += RANKING
+        used += RANKING + ("judge_decay",) * phase.read
     if phase.passages == "live":
         used += LIVE
     if cfg.eval.checkpoint == "best":
@@ -137,6 +142,30 @@ def evaluation_recipe(
             more_keys, more_inputs = model_recipe(cfg, fingerprints, "retriever")
             keys, inputs = keys | more_keys, inputs | more_inputs
     return Recipe(_evaluations(cfg) / split / arm, keys, inputs)
+
+
+def questions_recipe(cfg: Config, fingerprints: Mapping[str, str], suite: str, path: str, content: str) -> Recipe:
+    """A published set of questions in the tokens of a run; `path` is its file, `content` the digest of that."""
+    keys = {**_text_keys(cfg), "data.passage_words": cfg.data.passage_words}
+    inputs = {"questions": content, "train questions": fingerprints["train"]}
+    inputs |= {f"{half} tokenizer": fingerprints[f"{half}_tokenizer"] for half in ("retriever", "generator")}
+    return Recipe(_evaluations(cfg) / suite / "data", keys, inputs, {"questions": absolute(path)})
+
+
+def suite_recipe(
+    cfg: Config, fingerprints: Mapping[str, str], arm: str, weights: Mapping[str, str], questions: Recipe
+) -> Recipe:
+    """How an arm answers a published set; `questions` is of :func:`questions_recipe`."""
+    phase, folder = PHASES[arm], questions.folder.parent
+    keys = {f"eval.{name}": getattr(cfg.eval, name) for name in ("max_questions", "bootstrap")}
+    keys |= {"seed": cfg.seed, "generator.max_length": cfg.generator.max_length}
+    inputs = {f"{folder.name} questions": questions.digest}
+    inputs |= {f"arms/{name}": made for name, made in weights.items()}
+    if phase.passages != "none":
+        inputs["passages"] = fingerprints["passages"]
+    if phase.passages in ("live", "retriever"):
+        keys |= index_keys(cfg)
+    return Recipe(folder / arm, keys, inputs)
 
 
 def retrieval_recipe(cfg: Config, fingerprints: Mapping[str, str], split: str, name: str) -> Recipe:

@@ -6,20 +6,24 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 
 from jmlr_jax.config import TrainConfig
+from jmlr_jax.errors import first_line
 from jmlr_jax.parallel.distributed import from_first, on_first
 from jmlr_jax.parallel.placement import local_arrays
 from jmlr_jax.run.artifact import ArtifactError, Recipe, refuse
+from jmlr_jax.run.checks import checksums, differing, file_sum, read_checks, write_checks
 from jmlr_jax.run.open import DataError, Run, Weights
 from jmlr_jax.run.phases import PHASES, Phase, chain
 from jmlr_jax.run.recipes import model_recipe, phase_recipe
 
 COST = "cost.json"  # of a phase, see `training/cost.py`
+METRICS = "metrics.jsonl"  # of a phase, see `training/metrics_log.py`
 INITIAL = "initial"  # the name of the index of the retriever before any training
 
 
@@ -118,6 +122,11 @@ def trained(run: Run, phase: str, half: str) -> Any:
         asked = Recipe(folder, keys, inputs)
         known = Recipe(folder, *({k: v for k, v in part.items() if k in now} for part, now in _pairs(made, asked)))
         refuse(asked, asked.differences(known), "give the values it was trained with, or train in a new directory")
+        if read_checks(folder)["of"] != made.digest:
+            raise ArtifactError(
+                f"{folder}/weights: not of this phase, but of another one or another run; remove them and run "
+                "`jmlr train`, which continues from the last checkpoint"
+            )
 
     on_first(check)
     return load_weights(folder / "weights" / half, run.abstract((half,))[half])
@@ -142,6 +151,18 @@ def retriever_of(run: Run, phase: str | None) -> object:
     return local_arrays(weights, run.mesh)
 
 
+def seal_weights(folder: Path, of: str, halves: Mapping[str, Any]) -> None:
+    """Writes checksums of all that a phase ends with, before its weights take their name; every process calls it.
+
+    Args:
+      folder: of the phase.
+      of: digest of its recipe.
+      halves: the arrays that were saved.
+    """
+    sums = {name: checksums(tree) for name, tree in halves.items()}
+    on_first(lambda: write_checks(folder, of, sums, file_sum(folder / METRICS)))
+
+
 def save_weights(folder: Path, weights: Any) -> None:
     """A phase's final trained weights, by which later phases, evaluation and export read it; whole or not at all."""
     with ocp.StandardCheckpointer() as writer:
@@ -153,13 +174,17 @@ def load_weights(folder: Path, abstract: Any) -> Any:
 
     Raises:
       DataError: there are none, or their files are damaged.
+      ArtifactError: their checksums are gone.
     """
     if not folder.exists():
         raise DataError(f"{folder}: no weights; that phase has not been trained to its end (jmlr train)")
+    remedy = f"remove {folder.parent} and run `jmlr train`, which continues from the last checkpoint"
     try:
         with ocp.StandardCheckpointer() as reader:
-            return reader.restore(folder.absolute(), abstract)
+            weights = reader.restore(folder.absolute(), abstract)
     except Exception as error:  # whatever its storage library says, as plain Exception too
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        remedy = f"remove {folder.parent} and run `jmlr train`, which continues from the last checkpoint"
-        raise DataError(f"{folder}: cannot be restored ({why}); {remedy}") from error
+        raise DataError(f"{folder}: cannot be restored ({first_line(error)}); {remedy}") from error
+    saved = read_checks(folder.parent.parent)["halves"].get(folder.name, {})
+    if changed := differing(weights, saved):
+        raise DataError(f"{folder}: changed since it was written ({', '.join(changed[:3])}); {remedy}")
+    return weights

@@ -30,7 +30,7 @@ class Work:
 
 def decoder_weights(cfg: LlamaConfig) -> int:
     """Numbers in the projections of all layers: the embedding, the head and the norms are not among them."""
-    E = cfg.head_dim or cfg.hidden_size // cfg.num_heads
+    E = cfg.head_width
     attention = cfg.hidden_size * E * 2 * (cfg.num_heads + cfg.num_kv_heads)
     return cfg.num_layers * (attention + 3 * cfg.hidden_size * cfg.intermediate_size)
 
@@ -47,15 +47,31 @@ def visible_pairs(length: int, window: int | None = None) -> int:
 
 def decoder_attention(cfg: LlamaConfig, length: int) -> float:
     """FLOPs of both attention products of all layers, forward, for one row."""
-    E = cfg.head_dim or cfg.hidden_size // cfg.num_heads
-    return 4 * cfg.num_layers * cfg.num_heads * E * visible_pairs(length, cfg.sliding_window)
+    pairs = sum(visible_pairs(length, window) for window in cfg.windows)
+    return 4 * cfg.num_heads * cfg.head_width * pairs
 
 
 def encoder_forward(cfg: BertConfig, dim: int, length: int) -> float:
     """FLOPs of one row of the encoder with its projection to token vectors."""
     D = cfg.hidden_size
-    layer = 2 * (4 * D * D + 2 * D * cfg.intermediate_size) * length + 4 * D * length**2
-    return cfg.num_layers * layer + 2 * D * dim * length
+    pairs = sum(near_pairs(length, window) for window in cfg.windows)
+    return cfg.num_layers * 2 * encoder_weights(cfg) * length + 4 * D * pairs + 2 * D * dim * length
+
+
+def encoder_weights(cfg: BertConfig) -> int:
+    """Numbers in the projections of one layer."""
+    D, sides = cfg.hidden_size, 3 if cfg.block == "modernbert" else 2  # a gated network has two ways in
+    return 4 * D * D + sides * D * cfg.intermediate_size
+
+
+def near_pairs(length: int, window: int | None = None) -> int:
+    """Pairs of a query and a key at most `window` away on either side: ``length ** 2`` without a window.
+
+    >>> near_pairs(4), near_pairs(4, 1)
+    (16, 10)
+    """
+    reach = min(length - 1, length if window is None else window)
+    return length + 2 * sum(length - apart for apart in range(1, reach + 1))
 
 
 def prompt_length(cfg: Config, passages: int) -> int:
@@ -128,14 +144,14 @@ def _spared(cfg: RetrieverConfig, passages: int) -> float:
     if cfg.lora is None:
         return 0
     D, F, tokens = cfg.bert.hidden_size, cfg.bert.intermediate_size, passages * cfg.passage_length + cfg.query_length
-    sides = {"up": (D, F), "down": (F, D)}
+    sides = {"qkv": (D, 3 * D), "up": (D, F if cfg.bert.block == "bert" else 2 * F), "down": (F, D)}
     adapters = 3 * 2 * cfg.lora.rank * sum(sum(sides.get(name, (D, D))) for name in cfg.lora.targets)
-    frozen = cfg.bert.num_layers * (2 * (4 * D * D + 2 * D * F) - adapters)
+    frozen = cfg.bert.num_layers * (2 * encoder_weights(cfg.bert) - adapters)
     return tokens * (frozen + (0 if "projection" in cfg.lora.whole else 2 * D * cfg.dim))
 
 
 def _sides(cfg: LlamaConfig, name: str) -> tuple[int, int]:
     """Width of what a projection reads and of what it makes."""
-    E = cfg.head_dim or cfg.hidden_size // cfg.num_heads
+    E = cfg.head_width
     D, F, q, kv = cfg.hidden_size, cfg.intermediate_size, cfg.num_heads * E, cfg.num_kv_heads * E
     return {"q": (D, q), "k": (D, kv), "v": (D, kv), "o": (q, D), "gate": (D, F), "up": (D, F), "down": (F, D)}[name]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from jmlr_jax.files import write_text
-from jmlr_jax.parallel.distributed import is_first
+from jmlr_jax.files import read_sealed, write_sealed
+from jmlr_jax.parallel.distributed import is_first, on_first
 from jmlr_jax.run.open import Run
 from jmlr_jax.run.phases import Phase
 from jmlr_jax.run.weights import COST, phase_folder, phase_steps
@@ -22,19 +21,19 @@ def costed(run: Run, phase: Phase) -> Iterator[None]:
     ``flops`` are the least that the whole phase needs, by part (:func:`jmlr_jax.run.work.phase_work`).
     """
     start, file = time.monotonic(), phase_folder(run, phase.name) / COST
+    on_first(lambda: read_sealed(file))  # a damaged one is told before anything is done
     try:
         yield
     finally:
         if is_first():
-            before = json.loads(file.read_text())["seconds"] if file.exists() else 0.0
-            cost = {"seconds": round(before + time.monotonic() - start, 3), "flops": _flops(run, phase)}
-            write_text(file, json.dumps(cost, indent=1) + "\n")
+            seconds = read_sealed(file).get("seconds", 0.0) + time.monotonic() - start
+            write_sealed(file, {"seconds": round(seconds, 3), "flops": _flops(run, phase)})
 
 
 def _flops(run: Run, phase: Phase) -> dict[str, float]:
     generator = run.cfg.generator.model_copy(update={"llama": run.llama})
     cfg = run.cfg.model_copy(update={"generator": generator, "retriever": run.retriever})
     train, steps, asked = run.cfg.train, phase_steps(run.cfg.train, phase), len(run.prepared.questions("train"))
-    if phase.rank and train.refresh_steps:  # only what will be read is looked up
-        asked = min(asked, (train.refresh_steps + train.refresh_delay) * train.batch_size)
+    read = train.refresh_steps + train.refresh_delay if phase.rank and train.refresh_steps else steps
+    asked = min(asked, read * train.batch_size)  # only what will be read is looked up
     return phase_work(cfg, phase, steps, len(run.prepared.passages), asked + len(run.dev_rows))

@@ -55,7 +55,8 @@ class MetricsLog:
         if self._writes:
             folder.mkdir(parents=True, exist_ok=True)
             for file in ("metrics.jsonl", "speed.jsonl"):
-                _cut(folder / file, step)
+                if (folder / file).exists():  # nothing is done yet: not even what was measured before the first
+                    write_text(folder / file, lines_until(folder / file, step or -1))
         self._waiting: tuple[int, dict[str, Any], dict[str, float]] | None = None
         self._clock, self._clock_step, self._tokens = time.monotonic(), step, 0.0
         self._seconds, self._seconds_before = seconds, seconds()
@@ -118,15 +119,13 @@ class MetricsLog:
             self._board.add_scalar(key, value, step)
 
 
-def _cut(path: Path, step: int) -> None:
-    """Drops the lines after `step`, a half-written last one included."""
-    if not path.exists():
-        return
+def lines_until(path: Path, step: int) -> str:
+    """The lines of a metrics file up to `step`; a half-written last one is left out."""
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except ValueError:
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue  # the line a crash cut short belongs to a step that is done again
-    write_text(path, "".join(kept))
+    return "".join(kept)

@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 from jmlr_jax.config import Config, OptimizerConfig
 from jmlr_jax.config_models import LlamaConfig, RetrieverConfig
 from jmlr_jax.data.tokenizers import GeneratorIds
-from jmlr_jax.method.step import State, StepSpec, Weights, init_state, make_step, reading_loss
+from jmlr_jax.method.step import State, StepSpec, Weights, init_state, judge_probe, make_step, reading_loss
 from jmlr_jax.nn.abstract import abstract_adapters, abstract_weights, put
-from jmlr_jax.parallel.placement import replicated
+from jmlr_jax.parallel.placement import replicated, rows_shape
 from jmlr_jax.parallel.sharding import check_rows
 from jmlr_jax.run.phases import Phase
 from jmlr_jax.training.optimizer import make_optimizer, state_shardings
@@ -39,6 +39,7 @@ class PhaseProgram:
       start: jitted ``(params, key=) -> state``, the state before the first step; `params` are copied.
       step: jitted ``(state, frozen, batch) -> (state, metrics)``; it gives `state` away and lays out the next alike.
       dev: jitted ``(params, frozen, batch) -> nll_B``, the answer loss of held-out questions.
+      probe: jitted ``(params, frozen, batch) -> nll_BxK``, judgements of all candidates.
     """
 
     spec: StepSpec
@@ -47,6 +48,7 @@ class PhaseProgram:
     start: Callable[..., State]
     step: Any  # the jitted function, whose `lower` plans use
     dev: Callable[..., jax.Array]
+    probe: Callable[..., jax.Array]
 
 
 def phase_program(
@@ -74,18 +76,39 @@ def phase_program(
         sampled=train.sampled,
         passages=phase.passages_read(train.read_passages),
         rank_loss=train.rank_loss,
-        tie_margin=train.tie_margin,
+        help_margin=train.help_margin,
         rank_weight=train.rank_weight,
         accumulate=train.accumulate,
-        pack_judging=train.pack_judging,
+        judge_decay=train.judge_decay if phase.rank and phase.read else 0.0,
+        pack=train.pack,
         max_length=cfg.generator.max_length,
-        bos_id=ids.bos,
+        bos_id=ids.begin,
         pad_id=ids.pad,
     )
     rate = train.generator
     if phase.name == "warmup":
         rate = OptimizerConfig(learning_rate=train.warmup.learning_rate)
     return _program(spec, train.retriever, rate, steps, mesh)
+
+
+def batch_shapes(cfg: Config, phase: Phase, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch that a phase's step takes (:func:`jmlr_jax.data.batches.assemble`), as shapes with their places."""
+    retriever, g, B = cfg.retriever, cfg.generator, cfg.train.batch_size
+    K = cfg.train.candidates if phase.passages == "live" else max(1, phase.passages_read(cfg.train.read_passages))
+    rows = partial(rows_shape, mesh)
+    return {
+        "query_ids_BxQ": rows(B, retriever.query_length),
+        "query_len_B": rows(B),
+        "passage_ids_BxKxP": rows(B, K, retriever.passage_length),
+        "passage_len_BxK": rows(B, K),
+        "reader_ids_BxKxL": rows(B, K, g.passage_length),
+        "reader_len_BxK": rows(B, K),
+        "question_ids_BxS": rows(B, g.question_length),
+        "question_len_B": rows(B),
+        "answer_ids_BxA": rows(B, g.answer_length),
+        "answer_len_B": rows(B),
+        "valid_BxK": rows(B, K, dtype=jnp.bool_),
+    }
 
 
 def divide(spec: StepSpec, weights: Weights, adapters: Callable[[], Weights]) -> tuple[Weights, Weights]:
@@ -115,10 +138,12 @@ def _program(
 
     weights = abstract_weights(spec.retriever, spec.llama, spec.lora, mesh)
     params, frozen = divide(spec, weights, adapters)
-    begin = partial(init_state, optimizer=optimizer)
+    begin = partial(init_state, optimizer=optimizer, judge_decay=spec.judge_decay)
     shapes = jax.eval_shape(begin, params, key=jax.ShapeDtypeStruct((2,), jnp.uint32))
-    layout = dict.fromkeys(shapes, whole)
+    layout: dict[str, Any] = dict.fromkeys(shapes, whole)
     layout["params"] = jax.tree.map(lambda x: x.sharding, params)
+    if "judge" in layout:
+        layout["judge"] = layout["params"]["generator"]
     layout["opt"] = state_shardings(optimizer, params, layout["params"], whole)
     skip_V = jax.ShapeDtypeStruct((spec.retriever.bert.vocab_size,), jnp.bool_, sharding=whole)
     return PhaseProgram(
@@ -129,4 +154,5 @@ def _program(
         # Pinned output layout: a step whose own output came back laid out otherwise would compile a second time.
         step=jax.jit(make_step(spec, optimizer), donate_argnums=0, out_shardings=(layout, None)),
         dev=jax.jit(partial(reading_loss, spec=spec), out_shardings=whole),
+        probe=jax.jit(partial(judge_probe, spec=spec), out_shardings=whole),
     )
