@@ -85,6 +85,23 @@ def test_any_rows_come_in_the_order_asked_for(corpus):
     assert list(encode.encode_passages_batched(counted([])[0], params, CFG, read, rows[:0], skip, batch=2)) == []
 
 
+def test_of_many_those_of_like_length_are_encoded_together(corpus, monkeypatch):
+    """In few widths, each compiled once, as narrow as they need; what comes out is the same, in the order asked for."""
+    params, ids, length, skip = corpus
+    ids = np.pad(ids, ((0, 0), (0, 40 - LENGTH)))
+    length = np.where(np.arange(PASSAGES) % 3 == 1, 33, length)
+    want, keep = by_hand(params, ids, length, skip)
+    monkeypatch.setattr(encode, "MANY", 3)
+    calls, rows = [], np.random.default_rng(1).permutation(PASSAGES)
+    args = counted(calls)[0], params, CFG, read_from(ids, length), rows, skip
+    pieces = list(encode.encode_passages_batched(*args, batch=2))
+    assert [len(piece) for piece in pieces] == [2] * (PASSAGES // 2) + [1] * (PASSAGES % 2)
+    np.testing.assert_array_equal(np.concatenate([p.keep_NxP for p in pieces]), keep[rows])
+    got = np.concatenate([p.vectors_NxPxC for p in pieces])
+    np.testing.assert_allclose(got[keep[rows]], want[rows][keep[rows]], atol=1e-3)
+    assert sorted(calls) == [(2, 8), (2, 40)]
+
+
 def test_compiles_once_over_refreshes(corpus):
     params, ids, length, skip = corpus
     calls = []

@@ -6,8 +6,9 @@ token rows are read, so nothing here knows a model or a file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,9 +19,12 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jmlr_jax.config_models import RetrieverConfig
-from jmlr_jax.parallel.progress import track
+from jmlr_jax.parallel.progress import Stage
 from jmlr_jax.parallel.sharding import partition_spec
 from jmlr_jax.retrieval.vectors import TokenVectors
+
+# Passages are sorted by width where there are this many batches of them: fewer are not worth further compilations.
+MANY, WIDTHS = 64, 6
 
 Params = Any
 ReadRows = Callable[
@@ -83,18 +87,35 @@ def encode_passages_batched(
       params: of the retriever, on the device (sharded, where there is a mesh).
       cfg: shape of the retriever.
       read: token rows by number, such as ``partial(table.padded, length=..., pad_id=...)``.
-      rows: int [n], numbers of the passages.
+      rows: int [n], numbers of the passages. Of many, those of like length are encoded together and padded no further
+        than they need: each of at most ``WIDTHS`` widths is compiled once.
       skip_V: bool, vocabulary entries that take no part in MaxSim.
       batch: passages at once over all devices; rounded up to a multiple of the mesh's devices.
       mesh: every batch is split over all its devices; None runs where ``params`` are.
     """
     run = partial(encode_batch, params, encode=encode, cfg=cfg, replicated=_replicated(mesh))
+    batch = _over(mesh, batch)
+    many = len(rows) >= MANY * batch
+    pool = MANY * batch if many else batch
+
+    def batches() -> Iterator[_Batch]:
+        for first in range(0, len(rows), pool):
+            yield from _by_width(*read(rows[first : first + pool]), batch, WIDTHS if many else 1)
 
     def one(ids: Array, length: Array) -> tuple[Array, Array]:
         return run(ids, length, skip_V)
 
-    for n, (p, keep) in _pipelined(one, lambda places: read(rows[places]), len(rows), batch, mesh, "passages"):
-        yield TokenVectors(np.asarray(p)[:n], np.asarray(keep)[:n])
+    made: TokenVectors | None = None  # of the pool whose batches are being encoded
+    for part, (p, keep) in _pipelined(one, batches(), len(rows), "passages", mesh):
+        made = made or TokenVectors(np.zeros((*part.pool, cfg.dim), np.float16), np.zeros(part.pool, np.bool_))
+        n, width = len(part.places), part.ids.shape[1]
+        made.vectors_NxPxC[part.places, :width], made.keep_NxP[part.places, :width] = (
+            np.asarray(p)[:n],
+            np.asarray(keep)[:n],
+        )
+        if part.last:
+            yield from (made.rows(slice(first, first + batch)) for first in range(0, len(made), batch))
+            made = None
 
 
 def encode_queries_batched(
@@ -112,32 +133,75 @@ def encode_queries_batched(
     Arguments as :func:`encode_passages_batched`; no questions, no pieces.
     """
     run = partial(_queries, params, encode=encode, cfg=cfg, replicated=_replicated(mesh))
-    for n, q_bxQxC in _pipelined(run, read, questions, batch, mesh, "questions"):
-        yield np.asarray(q_bxQxC)[:n]
+    batch = _over(mesh, batch)
+
+    def batches() -> Iterator[_Batch]:
+        for first in range(0, questions, batch):
+            yield from _by_width(*read(np.arange(first, min(first + batch, questions))), batch, 1)
+
+    for part, q_bxQxC in _pipelined(run, batches(), questions, "questions", mesh):
+        yield np.asarray(q_bxQxC)[: len(part.places)]
 
 
 def _replicated(mesh: Mesh | None) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
+def _over(mesh: Mesh | None, batch: int) -> int:
+    """A batch that every device of the mesh has equally many rows of."""
+    return batch if mesh is None else -(-batch // mesh.size) * mesh.size
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows that are encoded together.
+
+    Attributes:
+      ids, length: int32 [b, T] and [b]; beyond those of ``places`` they repeat these, so that every batch has b.
+      places: where they stand among those that were read at once.
+      pool: shape of all that were read at once.
+      last: whether they are the last of these.
+    """
+
+    ids: np.ndarray
+    length: np.ndarray
+    places: np.ndarray
+    pool: tuple[int, ...]
+    last: bool
+
+
+def _by_width(ids_NxT: np.ndarray, length_N: np.ndarray, batch: int, widths: int) -> Iterator[_Batch]:
+    """Batches of rows that need the same width, of so many widths; a row's width depends on its own length alone."""
+    step = -(-ids_NxT.shape[1] // (8 * widths)) * 8  # tiles of a TPU hold 8 rows
+    width_N = np.minimum(np.maximum(-(-length_N // step), 1) * step, ids_NxT.shape[1])
+    parts = [
+        (int(width), alike[first : first + batch])
+        for width in np.unique(width_N)
+        for alike in [np.flatnonzero(width_N == width)]
+        for first in range(0, len(alike), batch)
+    ]
+    for number, (width, places) in enumerate(parts, 1):
+        filled = np.resize(places, batch)
+        yield _Batch(ids_NxT[filled, :width], length_N[filled], places, ids_NxT.shape, number == len(parts))
+
+
 def _pipelined(
-    run: Callable[[Any, Any], Any], read: ReadRows, rows: int, batch: int, mesh: Mesh | None, unit: str
-) -> Iterator[tuple[int, Any]]:
-    """Runs every batch, yielding (rows that count, result); the device makes the next while the host reads one."""
-    if mesh is not None:
-        batch = -(-batch // mesh.size) * mesh.size
-    waiting: tuple[int, Any] | None = None
-    for first in track(range(0, rows, batch), rows, f"encoding {unit}", unit, each=batch):
-        # The last batch keeps the shape: it is filled up with rows from the start, whose results are dropped.
-        ids, length = read(np.arange(first, first + batch) % rows)
-        # Set here, for as long as this call takes: a mesh is set per thread, and a refresh runs in its own.
-        with nullcontext() if mesh is None else jax.set_mesh(mesh):
-            result = run(_place(ids, mesh), _place(length, mesh))
+    run: Callable[[Any, Any], Any], batches: Iterable[_Batch], rows: int, unit: str, mesh: Mesh | None
+) -> Iterator[tuple[_Batch, Any]]:
+    """Runs every batch, yielding it with its result; the device makes the next while the host reads one."""
+    waiting: tuple[_Batch, Any] | None = None
+    with Stage(f"encoding {unit}", rows, unit, brief=True) as stage:
+        done = 0
+        for part in batches:
+            # Set here, for as long as this call takes: a mesh is set per thread, and a refresh runs in its own.
+            with nullcontext() if mesh is None else jax.set_mesh(mesh):
+                result = run(_place(part.ids, mesh), _place(part.length, mesh))
+            if waiting is not None:
+                yield waiting
+            waiting, done = (part, result), done + len(part.places)
+            stage.update(done)
         if waiting is not None:
             yield waiting
-        waiting = min(batch, rows - first), result
-    if waiting is not None:
-        yield waiting
 
 
 def _place(array: np.ndarray, mesh: Mesh | None) -> Any:
