@@ -203,6 +203,9 @@ class TrainConfig(Strict):
     warmup: WarmupConfig = WarmupConfig()
     retriever: OptimizerConfig = OptimizerConfig(learning_rate=1e-3)
     generator: OptimizerConfig = OptimizerConfig(learning_rate=3e-4)
+    importance: OptimizerConfig = Field(
+        OptimizerConfig(learning_rate=0.03), description="of retriever.importance, a direction among unit vectors"
+    )
     checkpoint_steps: PositiveInt = 100
     keep_last: PositiveInt = 2
     dev_questions: int = Field(128, ge=0, description="dev questions read at each checkpoint to find the best; 0: none")

@@ -222,6 +222,9 @@ class RetrieverConfig(ModelConfig):
     query_marker: str = Field("[Q]", description="token after [CLS] in queries; [unused0] in published ColBERTs")
     passage_marker: str = Field("[D]", description="token after [CLS] in passages; [unused1] in published ColBERTs")
     augment_queries: bool = Field(True, description="fill queries up to Q with [MASK], as ColBERT does")
+    importance: bool = Field(
+        False, description="learn how much each query token counts in MaxSim, from equal weights; not in the paper"
+    )
     attend_to_mask_tokens: bool = Field(False, description="whether other tokens attend to the augmentation")
     skip_punctuation: bool = Field(True, description="passage punctuation takes no part in MaxSim")
 
@@ -234,6 +237,10 @@ class RetrieverConfig(ModelConfig):
     def _check_augmentation(self) -> RetrieverConfig:
         if fault := unattended(self):
             raise ValueError(fault)
+        if self.importance and self.lora is not None and "importance" not in self.lora.whole:
+            raise ValueError(
+                "retriever.importance=true with retriever.lora: it would never train; name it in retriever.lora.whole"
+            )
         return self
 
 

@@ -44,7 +44,7 @@ def test_fault_01_each_half_trains_at_its_own_rate() -> None:
     cfg = TrainConfig.model_validate(
         {"retriever": {"learning_rate": 1e-4, **rate}, "generator": {"learning_rate": 1e-2, **rate}}
     )
-    optimizer = make_optimizer(cfg.retriever, cfg.generator, 10)
+    optimizer = make_optimizer(cfg.retriever, cfg.generator, cfg.importance, 10)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     np.testing.assert_allclose(updates["retriever"]["w"], -1e-4, rtol=1e-3)
     np.testing.assert_allclose(updates["generator"]["w"], -1e-2, rtol=1e-3)

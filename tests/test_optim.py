@@ -25,7 +25,7 @@ def half(rate: float, **more: float) -> OptimizerConfig:
 
 
 def first_update(retriever: OptimizerConfig, generator: OptimizerConfig, grads: dict) -> dict:
-    optimizer = make_optimizer(retriever, generator, 10)
+    optimizer = make_optimizer(retriever, generator, half(1.0), 10)
     return optimizer.update(grads, optimizer.init(PARAMS), PARAMS)[0]
 
 
@@ -42,7 +42,7 @@ def test_an_array_without_group_or_with_two_is_an_error_that_names_it() -> None:
     with pytest.raises(GroupError, match="generator/layers/q: generator and attention"):
         labels(PARAMS, optim.GROUPS | {"attention": ".*/q"})
     with pytest.raises(GroupError, match="adapters/q: no group"):
-        make_optimizer(half(1.0), half(1.0), 10).init({"adapters": {"q": jnp.ones(1)}})
+        make_optimizer(half(1.0), half(1.0), half(1.0), 10).init({"adapters": {"q": jnp.ones(1)}})
 
 
 def test_schedule_rises_from_zero_and_falls_to_its_final_fraction() -> None:
@@ -75,7 +75,7 @@ def test_a_huge_gradient_of_one_half_does_not_shrink_the_other() -> None:
     clipped gradient."""
     small = jax.tree.map(lambda x: 0.01 * x, PARAMS)
     huge = small | {"retriever": jax.tree.map(lambda x: 1e6 * x, PARAMS["retriever"])}
-    optimizer = make_optimizer(half(1e-3), half(1e-3), 10)
+    optimizer = make_optimizer(half(1e-3), half(1e-3), half(1e-3), 10)
     moments = {}
     for name, grads in {"small": small, "huge": huge}.items():
         _, state = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
@@ -89,8 +89,8 @@ def test_a_huge_gradient_of_one_half_does_not_shrink_the_other() -> None:
 
 
 def test_trainable_counts_name_both_halves_even_if_one_is_frozen() -> None:
-    assert trainable_counts(PARAMS) == {"retriever": 11, "generator": 8}
-    assert trainable_counts({"generator": PARAMS["generator"]}) == {"retriever": 0, "generator": 8}
+    assert trainable_counts(PARAMS) == {"retriever": 11, "importance": 0, "generator": 8}
+    assert trainable_counts({"generator": PARAMS["generator"]}) == {"retriever": 0, "importance": 0, "generator": 8}
 
 
 def test_moments_lie_where_their_weights_lie() -> None:
@@ -98,7 +98,7 @@ def test_moments_lie_where_their_weights_lie() -> None:
     replicated, split = jax.NamedSharding(mesh, jax.P()), jax.NamedSharding(mesh, jax.P("fsdp"))
     placed = jax.tree.map(lambda _: replicated, PARAMS)
     placed["retriever"]["projection"] = split
-    optimizer = make_optimizer(half(1.0), half(1.0), 10)
+    optimizer = make_optimizer(half(1.0), half(1.0), half(1.0), 10)
     found = state_shardings(optimizer, PARAMS, placed, replicated)
     assert jax.tree.structure(found) == jax.tree.structure(optimizer.init(PARAMS))
     named = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(found)]

@@ -234,7 +234,7 @@ def test_accumulation_equals_the_full_batch() -> None:
 
 def test_non_finite_gradients_change_nothing_but_the_counters() -> None:
     made = spec(rank=False)
-    optimizer = make_optimizer(*RATES, 10)
+    optimizer = make_optimizer(*RATES, RATES[0], 10)
     step = jax.jit(make_step(made, optimizer))
     params = {"generator": weights()["generator"]}
     good, of = fresh(params, optimizer), without_noise(batch())
@@ -255,7 +255,7 @@ def test_non_finite_gradients_change_nothing_but_the_counters() -> None:
 
 def test_on_eight_devices_it_compiles_once_donates_and_equals_one_device() -> None:
     made, halves, mesh = spec(accumulate=1), weights(), sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    optimizer = make_optimizer(*RATES, 10)
+    optimizer = make_optimizer(*RATES, RATES[0], 10)
     batches = [without_noise(batch(8, seed)) for seed in range(3)]
     single, alone = fresh(halves, optimizer), []
     step = jax.jit(make_step(made, optimizer), donate_argnums=0)

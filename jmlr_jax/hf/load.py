@@ -93,6 +93,7 @@ def load_retriever(
     abstract, axes = abstract_params(cfg), logical_axes(cfg)
     smaller = cfg.model_copy(update={"bert": found})
     rows, wanted = bert.colbert_rows(resolved), leaves(abstract_params(smaller))
+    wanted.pop("importance", None)
     if opened.dim is None:  # no projection in the file: not in its table either
         rows = tuple(row for row in rows if row.path != "projection")
         wanted.pop("projection")
@@ -102,6 +103,8 @@ def load_retriever(
         where = _shardings(abstract, axes, mesh)["projection"]
         draw = jax.jit(lambda k: fan_in(1)(k, target.shape, jnp.float32).astype(target.dtype), out_shardings=where)
         placed["projection"] = draw(key)
+    if cfg.importance:
+        placed["importance"] = _zeros((cfg.dim,), np.dtype("float32"), _shardings(abstract, axes, mesh)["importance"])()
     return cfg, nest(placed)
 
 

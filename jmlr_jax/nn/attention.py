@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
+from jmlr_jax.nn.products import product
 from jmlr_jax.parallel.sharding import partition_spec
 
 MASKED = -1e30  # finite: a row with no visible key gives a uniform average instead of NaN
@@ -65,7 +66,7 @@ def attend(
     if causal:
         position_BxT = jnp.arange(T)[None]
     q = q_BxTxHxE.reshape(B, T, G, H // G, E)
-    scores = jnp.einsum("btgre,bsge->bgrts", q, k_BxSxGxE, preferred_element_type=jnp.float32) * scale
+    scores = product("btgre,bsge->bgrts", q, k_BxSxGxE, jnp.float32) * scale
     slot_S = jnp.arange(S)
     visible_BxTxS = jnp.ones((1, 1, S), bool)
     reach = window if window is None or narrow is None else jnp.where(narrow, window, UNLIMITED)
@@ -79,7 +80,7 @@ def attend(
         visible_BxTxS &= slot_S < key_length_B[:, None, None]
     scores = jnp.where(visible_BxTxS[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return checkpoint_name(jnp.einsum("bgrts,bsge->btgre", weights, v_BxSxGxE).reshape(B, T, H, E), SAVED)
+    return checkpoint_name(product("bgrts,bsge->btgre", weights, v_BxSxGxE).reshape(B, T, H, E), SAVED)
 
 
 def splash_applies(head_width: int) -> bool:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from jmlr_jax.config_models import BertConfig, RetrieverConfig
 from jmlr_jax.nn.bert import Bert
-from jmlr_jax.nn.layers import fan_in, project, weight
+from jmlr_jax.nn.layers import fan_in, project, weight, zeros
 from jmlr_jax.nn.modernbert import ModernBert
 
 
@@ -25,6 +25,8 @@ class Colbert(nnx.Module):
         self.bert = trunk(cfg.bert, rngs)
         D = cfg.bert.hidden_size
         self.projection = weight(rngs, (D, cfg.dim), ("embed", "token_vector"), fan_in(1), cfg.bert.param_dtype)
+        if cfg.importance:
+            self.importance = weight(rngs, (cfg.dim,), ("token_vector",), zeros, "float32")
 
     def vectors(self, ids: jax.Array, key_length: jax.Array) -> jax.Array:
         """Unit vectors ...xC of every token, float32."""
@@ -34,11 +36,13 @@ class Colbert(nnx.Module):
 
     def queries(self, ids_BxQ: jax.Array, length_B: jax.Array) -> jax.Array:
         """See :func:`jmlr_jax.nn.functional.encode_queries`."""
-        Q = ids_BxQ.shape[1]
-        if self.cfg.augment_queries:
-            return self.vectors(ids_BxQ, jnp.full_like(length_B, Q) if self.cfg.attend_to_mask_tokens else length_B)
-        real_BxQ = jnp.arange(Q) < length_B[:, None]
-        return jnp.where(real_BxQ[:, :, None], self.vectors(ids_BxQ, length_B), 0)
+        Q, all_B = ids_BxQ.shape[1], jnp.full_like(length_B, ids_BxQ.shape[1])
+        attended_B = all_B if self.cfg.augment_queries and self.cfg.attend_to_mask_tokens else length_B
+        q_BxQxC = self.vectors(ids_BxQ, attended_B)
+        if self.cfg.importance:  # MaxSim is linear in each query vector: its length is the weight of its token
+            q_BxQxC *= jnp.exp(q_BxQxC @ self.importance[...])[..., None]
+        real_BxQ = jnp.arange(Q) < (all_B if self.cfg.augment_queries else length_B)[:, None]
+        return jnp.where(real_BxQ[:, :, None], q_BxQxC, 0)
 
     def passages(self, ids_NxP: jax.Array, length_N: jax.Array, skip_V: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See :func:`jmlr_jax.nn.functional.encode_passages`."""

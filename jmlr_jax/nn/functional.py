@@ -136,7 +136,7 @@ def bert_hidden(params: Params, cfg: BertConfig, ids_BxT: jax.Array, length_B: j
 
 
 def encode_queries(params: Params, cfg: RetrieverConfig, ids_BxQ: jax.Array, length_B: jax.Array) -> jax.Array:
-    """Unit token vectors BxQxC of queries, float32 (method.md, step 1).
+    """Token vectors BxQxC of queries, float32 (method.md, step 1), unit vectors unless cfg.importance.
 
     Args:
         ids_BxQ: int, ``[CLS] [Q] ... [SEP]`` filled up with ``[MASK]`` (cfg.augment_queries) or padding.
@@ -144,7 +144,9 @@ def encode_queries(params: Params, cfg: RetrieverConfig, ids_BxQ: jax.Array, len
 
     Returns:
         With augmentation every position counts, and the filling is attended to only if cfg.attend_to_mask_tokens;
-        without it vectors from `length_B` on are zero, which add nothing to MaxSim.
+        without it vectors from `length_B` on are zero, which add nothing to MaxSim. With cfg.importance each has the
+        weight of its token for its length, ``exp(<q, u>)`` for the learned direction u (learned weights in MaxSim:
+        arXiv 2511.16106; there one for each word, here a function of the vector).
     """
     return _model(cfg, params).queries(ids_BxQ, length_B)
 

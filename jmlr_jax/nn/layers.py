@@ -17,6 +17,7 @@ from flax import nnx
 
 from jmlr_jax.config_models import Remat
 from jmlr_jax.nn import attention
+from jmlr_jax.nn.products import contract
 from jmlr_jax.parallel.sharding import gather
 
 Params = dict[str, Any]
@@ -170,7 +171,7 @@ class Adapters:
         axes = AXES[name]
         a = gather(self.tree[name]["a"].astype(x.dtype), (*axes[:n_in], "rank"))
         b = gather(self.tree[name]["b"].astype(x.dtype), ("rank", *axes[n_in:]))
-        return jnp.tensordot(jnp.tensordot(x, a, n_in), b, 1) * self.scale
+        return contract(contract(x, a, n_in), b, 1) * self.scale
 
 
 def _dropped(x: jax.Array, key: jax.Array, rate: float, place: jax.Array | None = None) -> jax.Array:
@@ -209,7 +210,7 @@ def project(
     """Contract the last `n_in` axes of x with the first `n_in` of w in x's dtype, plus the adapter of `name`."""
     # Cast before it is gathered: half the bytes travel. Within a stack the names include the layer axis, the value not.
     weight = gather(w[...].astype(x.dtype), w.axes[-w[...].ndim :])
-    y = jnp.tensordot(x, weight, n_in)
+    y = contract(x, weight, n_in)
     return y if adapters is None else y + adapters.update(name, x, n_in)
 
 

@@ -1,4 +1,5 @@
-"""Two optimizers in one: each half of the model has its own AdamW, schedule, clipping and decay (method.md, step 7).
+"""Several optimizers in one: each half of the model has its own AdamW, schedule, clipping and decay (method.md, step
+7), and so has the importance of query tokens.
 
 Groups are chosen by tree path, and every array must fall into exactly one: the released code of the paper trained
 everything at one rate because its groups were matched by a wrong prefix (method.md, faults 1 and 2).
@@ -16,7 +17,11 @@ import optax
 from jmlr_jax.config import OptimizerConfig
 from jmlr_jax.errors import JmlrError
 
-GROUPS = {"retriever": r"retriever/.*", "generator": r"generator/.*"}
+GROUPS = {
+    "retriever": r"retriever/(?!(whole/)?importance$).*",
+    "importance": r"retriever/(whole/)?importance",
+    "generator": r"generator/.*",
+}
 
 
 class GroupError(JmlrError, ValueError):
@@ -59,19 +64,22 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(retriever: OptimizerConfig, generator: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    retriever: OptimizerConfig, generator: OptimizerConfig, importance: OptimizerConfig, steps: int
+) -> optax.GradientTransformation:
     """The optimizer of the tree ``{"retriever": ..., "generator": ...}``; either half may be absent.
 
-    Clipping is by the global norm of each half alone: gradients of one never scale down those of the other.
+    Clipping is by the global norm of each group alone: gradients of one never scale down those of the other.
     """
 
-    def half(one: OptimizerConfig) -> optax.GradientTransformation:
+    def group(one: OptimizerConfig) -> optax.GradientTransformation:
         return optax.chain(
             optax.clip_by_global_norm(one.clip_norm),
             optax.adamw(schedule(one, steps), one.b1, one.b2, weight_decay=one.weight_decay),
         )
 
-    return optax.partition({"retriever": half(retriever), "generator": half(generator)}, labels)
+    groups = {"retriever": retriever, "importance": importance, "generator": generator}
+    return optax.partition({name: group(one) for name, one in groups.items()}, labels)
 
 
 def trainable_counts(params: Any) -> dict[str, int]:

@@ -88,7 +88,7 @@ def phase_program(
     rate = train.generator
     if phase.name == "warmup":
         rate = OptimizerConfig(learning_rate=train.warmup.learning_rate)
-    return _program(spec, train.retriever, rate, steps, mesh)
+    return _program(spec, train.retriever, rate, train.importance, steps, mesh)
 
 
 def batch_shapes(cfg: Config, phase: Phase, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -128,9 +128,14 @@ def divide(spec: StepSpec, weights: Weights, adapters: Callable[[], Weights]) ->
 
 @lru_cache(maxsize=KEPT)
 def _program(
-    spec: StepSpec, retriever: OptimizerConfig, generator: OptimizerConfig, steps: int, mesh: Mesh
+    spec: StepSpec,
+    retriever: OptimizerConfig,
+    generator: OptimizerConfig,
+    importance: OptimizerConfig,
+    steps: int,
+    mesh: Mesh,
 ) -> PhaseProgram:
-    optimizer, whole = make_optimizer(retriever, generator, steps), replicated(mesh)
+    optimizer, whole = make_optimizer(retriever, generator, importance, steps), replicated(mesh)
 
     def adapters() -> Weights:
         assert spec.retriever.lora is not None

@@ -1,0 +1,61 @@
+"""Matrix products in a narrow dtype that accumulate in float32, forwards and backwards."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def product(spec: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
+    """``einsum(spec, x, y)`` of two arrays of one dtype, accumulated in float32.
+
+    A bfloat16 product whose result is float32 is what the matrix units of CPUs and TPUs make; asked for a bfloat16
+    result, XLA widens both sides on a CPU first, at a fifth of the rate. Gradients are such products too: the
+    cotangent is rounded to the dtype of x and y before them.
+
+    Args:
+        spec: subscripts ``x,y->result`` without ``...``; each letter in two of the three, once in each.
+        dtype: of the result; None: that of x.
+
+    >>> x, y = jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4), jnp.bfloat16)
+    >>> product("ab,bc->ac", x, y).dtype, product("ab,bc->ac", x, y, jnp.float32).dtype
+    (dtype(bfloat16), dtype('float32'))
+    """
+    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+    return jnp.einsum(spec, x, y) if x.dtype == jnp.float32 else _narrow(spec, dtype.name, x, y)
+
+
+def contract(x: jax.Array, w: jax.Array, n_in: int) -> jax.Array:
+    """The last `n_in` axes of x with the first `n_in` of w, by :func:`product`."""
+    mine = LETTERS[: x.ndim]
+    own = LETTERS[x.ndim - n_in : x.ndim - n_in + w.ndim]
+    return product(f"{mine},{own}->{mine[: x.ndim - n_in]}{own[n_in:]}", x, w)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _narrow(spec: str, dtype: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32).astype(dtype)
+
+
+def _forward(spec: str, dtype: str, x: jax.Array, y: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _narrow(spec, dtype, x, y), (x, y)
+
+
+def _backward(
+    spec: str, dtype: str, kept: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    (x, y), operands, result = kept, *spec.split("->")
+    mine, other = operands.split(",")
+    cotangent = cotangent.astype(x.dtype)
+    return (
+        _narrow(f"{result},{other}->{mine}", x.dtype.name, cotangent, y),
+        _narrow(f"{mine},{result}->{other}", y.dtype.name, x, cotangent),
+    )
+
+
+_narrow.defvjp(_forward, _backward)

@@ -1,0 +1,52 @@
+"""Products in a narrow dtype: equal to einsum, accumulated in float32 both ways, as the lowered program shows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmlr_jax.nn.products import contract, product
+
+SPECS = {"ab,bc->ac": ((3, 40), (40, 5)), "btgre,bsge->bgrts": ((2, 3, 2, 2, 8), (2, 4, 2, 8))}
+
+
+def arrays(spec, dtype):
+    keys = jax.random.split(jax.random.key(0), 2)
+    return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, SPECS[spec], strict=True)]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_values_and_gradients_are_those_of_float32_rounded(spec):
+    x, y = arrays(spec, jnp.bfloat16)
+
+    def loss(function):
+        return lambda x, y: jnp.sum(jnp.sin(function(x, y).astype(jnp.float32)))
+
+    got = product(spec, x, y), *jax.grad(loss(lambda x, y: product(spec, x, y)), (0, 1))(x, y)
+    wide = x.astype(jnp.float32), y.astype(jnp.float32)
+    want = jnp.einsum(spec, *wide), *jax.grad(loss(lambda x, y: jnp.einsum(spec, x, y)), (0, 1))(*wide)
+    for one, other in zip(got, want, strict=True):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_allclose(one.astype(jnp.float32), other, atol=0.03 * float(jnp.abs(other).max()))
+
+
+def test_every_product_forwards_and_backwards_takes_bfloat16_and_gives_float32():
+    x, y = arrays("ab,bc->ac", jnp.bfloat16)
+    text = (
+        jax.jit(jax.grad(lambda x, y: contract(x, y, 1).astype(jnp.float32).sum() ** 2, (0, 1))).lower(x, y).as_text()
+    )
+    products = [line.split(" : ")[-1] for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == 3
+    for kinds in products:
+        inputs, result = kinds.split("->")
+        assert inputs.count("bf16") == 2 and "f32" in result
+
+
+def test_float32_is_a_plain_einsum():
+    x, y = arrays("ab,bc->ac", jnp.float32)
+    np.testing.assert_array_equal(product("ab,bc->ac", x, y), jnp.einsum("ab,bc->ac", x, y))
+
+
+def test_contract_takes_the_last_axes_with_the_first():
+    x, w = jnp.ones((2, 3, 4, 5)), jnp.arange(120.0).reshape(4, 5, 6)
+    np.testing.assert_allclose(contract(x, w, 2), jnp.tensordot(x, w, 2))
