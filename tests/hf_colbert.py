@@ -51,6 +51,7 @@ MODERN = BertConfig(
 )  # fmt: skip
 CONFIGS = {
     "published": RetrieverConfig(bert=BERT, query_marker="[unused0]", passage_marker="[unused1]", **LONG),
+    "weighted": RetrieverConfig(bert=BERT, importance=True, **LONG),
     "own": RetrieverConfig(bert=BERT, attend_to_mask_tokens=True, skip_punctuation=False, **LONG),
     "plain": RetrieverConfig(bert=BERT, augment_queries=False, **LONG),
     "modern": RetrieverConfig(bert=MODERN, augment_queries=False, **LONG),

@@ -112,6 +112,36 @@ def test_without_augmentation_padding_is_zero(params: dict) -> None:
     )
 
 
+@pytest.mark.parametrize("augmented", [True, False])
+def test_importance_is_the_length_of_a_query_vector(params: dict, augmented: bool) -> None:
+    """One before any training; then exp(<q, u>), of queries alone."""
+    plain, cfg = config(augment_queries=augmented), config(augment_queries=augmented, importance=True)
+    first = F.init_colbert(cfg, jax.random.key(0))
+    assert first["importance"].shape == (12,) and not first["importance"].any()
+    q = encode_queries(params, plain, ids(MASK), LENGTHS)
+    np.testing.assert_array_equal(
+        encode_queries(params | {"importance": first["importance"]}, cfg, ids(MASK), LENGTHS), q
+    )
+    u = np.random.default_rng(0).normal(size=12).astype(np.float32)
+    weighted = params | {"importance": u}
+    got = encode_queries(weighted, cfg, ids(MASK), LENGTHS)
+    np.testing.assert_allclose(got, q * np.exp(q @ u)[..., None], rtol=1e-5)
+    counted = np.ones((3, W), bool) if augmented else REAL
+    np.testing.assert_allclose(np.linalg.norm(got, axis=-1)[counted], np.exp(q @ u)[counted], rtol=1e-5)
+    for got, want in zip(
+        encode_passages(weighted, cfg, ids(0), LENGTHS, SKIP),
+        encode_passages(params, plain, ids(0), LENGTHS, SKIP),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_importance_beside_adapters_must_be_among_what_trains() -> None:
+    with pytest.raises(ValueError, match="name it in retriever.lora.whole"):
+        config(importance=True, lora={"rank": 2})
+    assert config(importance=True, lora={"rank": 2, "whole": ("projection", "importance")}).importance
+
+
 def test_axes_cover_the_tree() -> None:
     axes = F.logical_axes(config())
     assert axes["projection"] == ("embed", "token_vector")

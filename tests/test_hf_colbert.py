@@ -29,7 +29,7 @@ from jmlr_jax.hf.bert import colbert_rows
 from jmlr_jax.hf.convert import import_checkpoint
 from jmlr_jax.hf.export import tensors_of, write_colbert
 from jmlr_jax.hf.io import HFError, read_directory
-from jmlr_jax.hf.layouts import open_retriever
+from jmlr_jax.hf.layouts import IMPORTANCE_FILE, open_retriever
 from jmlr_jax.hf.load import load_retriever
 from jmlr_jax.nn import functional as F
 
@@ -95,10 +95,11 @@ def test_what_colbert_ai_cannot_compute_is_refused(tmp_path: Path) -> None:
         write_colbert(epath.Path(tmp_path), cfg, params, tokenizer)
 
 
+@pytest.mark.parametrize("name", ["published", "weighted"])
 @pytest.mark.parametrize("layout", ["colbert", "pylate"])
-def test_round_trip_is_the_identity(layout: str, tmp_path: Path) -> None:
-    cfg, params, _ = export("published", tmp_path)
-    asked = CONFIGS["published"]
+def test_round_trip_is_the_identity(layout: str, name: str, tmp_path: Path) -> None:
+    cfg, params, _ = export(name, tmp_path)
+    asked = CONFIGS[name]
     again, back = load_retriever(str(tmp_path / layout), asked, jax.random.key(7))
     assert again == cfg
     jax.tree.map(np.testing.assert_array_equal, params, back)
@@ -107,6 +108,20 @@ def test_round_trip_is_the_identity(layout: str, tmp_path: Path) -> None:
     assert {k: e.read().tobytes() for k, e in written.items()} == {k: e.read().tobytes() for k, e in wanted.items()}
     card = json.loads((tmp_path / "imported" / "artifact.metadata").read_text())
     assert card == json.loads((tmp_path / "colbert" / "artifact.metadata").read_text())
+    importance = (tmp_path / "imported" / IMPORTANCE_FILE, tmp_path / "colbert" / IMPORTANCE_FILE)
+    assert [file.exists() for file in importance] == [cfg.importance] * 2
+    assert not cfg.importance or importance[0].read_bytes() == importance[1].read_bytes()
+
+
+def test_importance_that_was_learned_is_not_left_out_unnoticed(tmp_path: Path) -> None:
+    """By us; other libraries read the directory and score every query token alike."""
+    cfg, params, _ = export("weighted", tmp_path)
+    plain = CONFIGS["weighted"].model_copy(update={"importance": False})
+    with pytest.raises(HFError, match="retriever.importance=False, the checkpoint was trained with True"):
+        load_retriever(str(tmp_path / "pylate"), plain, jax.random.key(0))
+    (tmp_path / "pylate" / IMPORTANCE_FILE).unlink()
+    again, fresh = load_retriever(str(tmp_path / "pylate"), CONFIGS["weighted"], jax.random.key(0))
+    assert again == cfg and not fresh["importance"].any() and params["importance"].any()
 
 
 @pytest.mark.parametrize("exported", ["published/colbert", "own/pylate", "plain/pylate", "modern/pylate"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,22 @@ def test_every_array_has_its_group() -> None:
         "retriever": {"projection": "retriever", "bert": {"word": "retriever"}},
         "generator": {"layers": {"q": "generator"}},
     }
+
+
+@pytest.mark.parametrize("place", [("importance",), ("whole", "importance")])
+def test_importance_has_a_rate_of_its_own(place: tuple[str, ...]) -> None:
+    """With adapters and without."""
+    tree: Any = jnp.ones(2)
+    for name in reversed(place):
+        tree = {name: tree}
+    params = {"retriever": {"projection": jnp.ones(2), **tree}}
+    optimizer = make_optimizer(half(1e-3), half(1.0), half(0.5), 10)
+    update = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)[0]["retriever"]
+    np.testing.assert_allclose(update["projection"], -1e-3, rtol=1e-4)
+    for name in place:
+        update = update[name]
+    np.testing.assert_allclose(update, -0.5, rtol=1e-4)
+    assert trainable_counts(params) == {"retriever": 2, "importance": 2, "generator": 0}
 
 
 def test_an_array_without_group_or_with_two_is_an_error_that_names_it() -> None:

@@ -8,6 +8,7 @@ from jmlr_jax.config_models import BertConfig
 from jmlr_jax.hf.table import Row
 
 PROJECTION = "linear.weight"
+IMPORTANCE = "importance"  # of query tokens: in a file of its own, which other libraries do not read
 POSITION_IDS = "embeddings.position_ids"
 _LAYER = "encoder.layer.{}."
 # Under which name a class around the trunk holds it.
@@ -62,10 +63,11 @@ def _bert_rows() -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def colbert_rows(cfg: BertConfig) -> tuple[Row, ...]:
+def colbert_rows(cfg: BertConfig, *, projection: bool = True, importance: bool = False) -> tuple[Row, ...]:
     """One row for each leaf of ``init_colbert(...)``; the keys that :func:`canonical` gives."""
     trunk = [replace(row, path=f"bert.{row.path}") for row in bert_rows(cfg)]
-    return (*trunk, Row("projection", PROJECTION, "c d -> d c"))
+    head = [Row("projection", PROJECTION, "c d -> d c")] if projection else []
+    return (*trunk, *head, *([Row("importance", IMPORTANCE, "c -> c")] if importance else []))
 
 
 def canonical(key: str) -> str | None:

@@ -212,11 +212,12 @@ def _encoder(src: str | os.PathLike[str], raw: Mapping[str, Any]) -> _Checkpoint
     opened = open_retriever(src)
     shape = encoder_config.bert_from_hf(opened.config, f"{where}/config.json")
     check_position_ids(opened)
-    wanted = leaves(abstract_params(RetrieverConfig(bert=shape, dim=opened.dim or 1, augment_queries=False)))
-    rows = bert.colbert_rows(shape)
+    there = {"projection": opened.dim is not None, "importance": bert.IMPORTANCE in opened.entries}
+    rows, like = bert.colbert_rows(shape, **there), {"importance": there["importance"], "augment_queries": False}
+    wanted = leaves(abstract_params(RetrieverConfig(bert=shape, dim=opened.dim or 1, **like)))
     conventions: dict[str, Any] | None = {"dim": opened.dim, **opened.conventions, **opened.lengths}
     if opened.dim is None:
-        rows, conventions = rows[:-1], None
+        conventions = None
         wanted.pop("projection")
     assigned = assign(rows, wanted, opened.entries, bert.canonical, where)
     return _Checkpoint(raw, shape, rows, assigned, wanted, conventions)

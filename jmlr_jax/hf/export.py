@@ -144,7 +144,7 @@ def write_colbert(
     Raises:
         HFError: queries without augmentation, which colbert-ai does not compute.
     """
-    write_colbert_tensors(folder, cfg, tensors_of(bert.colbert_rows(cfg.bert), params), like)
+    write_colbert_tensors(folder, cfg, tensors_of(bert.colbert_rows(cfg.bert, importance=cfg.importance), params), like)
     copy_tokenizer(tokenizer, folder)
 
 
@@ -155,7 +155,7 @@ def write_colbert_tensors(
     if not cfg.augment_queries:
         raise HFError("colbert-ai always fills queries with [MASK]; retriever.augment_queries=false has no form there")
     write_json(folder / "config.json", encoder_config.bert_to_hf(cfg.bert, encoder_config.COLBERT, like))
-    trunk = bert.PREFIX[cfg.bert.block]
+    tensors, trunk = _without_importance(folder, tensors), bert.PREFIX[cfg.bert.block]
     named = [t if t.name == bert.PROJECTION else replace(t, name=trunk + t.name) for t in tensors]
     write_directory(folder, named, SHARD_BYTES)
     conventions = {
@@ -186,7 +186,7 @@ def write_pylate(
 
     Arguments as in :func:`write_colbert`.
     """
-    write_pylate_tensors(folder, cfg, tensors_of(bert.colbert_rows(cfg.bert), params), like)
+    write_pylate_tensors(folder, cfg, tensors_of(bert.colbert_rows(cfg.bert, importance=cfg.importance), params), like)
     copy_tokenizer(tokenizer, folder)
 
 
@@ -195,7 +195,7 @@ def write_pylate_tensors(
 ) -> None:
     """:func:`write_pylate` without the tokenizer, from tensors under the names of :func:`bert.colbert_rows`."""
     write_json(folder / "config.json", encoder_config.bert_to_hf(cfg.bert, like=like))
-    *trunk, projection = tensors
+    *trunk, projection = _without_importance(folder, tensors)
     write_directory(folder, trunk, SHARD_BYTES)
     dense = folder / "1_Dense"
     dense.mkdir()
@@ -219,6 +219,14 @@ def write_pylate_tensors(
         "do_query_expansion": cfg.augment_queries,
     }
     write_json(folder / layouts.PYLATE_CARD, conventions)
+
+
+def _without_importance(folder: AnyPath, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The other tensors; that of the importance of query tokens, if there is one, goes into its own file."""
+    own = [tensor for tensor in tensors if tensor.name == bert.IMPORTANCE]
+    if own:
+        write_file(folder / layouts.IMPORTANCE_FILE, own)
+    return [tensor for tensor in tensors if tensor.name != bert.IMPORTANCE]
 
 
 def copy_tokenizer(source: str | os.PathLike[str], folder: AnyPath) -> None:

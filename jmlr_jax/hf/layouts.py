@@ -24,10 +24,11 @@ from jmlr_jax.config_models import RetrieverConfig
 from jmlr_jax.files import AnyPath, any_path
 from jmlr_jax.hf import bert
 from jmlr_jax.hf.gguf_file import is_gguf
-from jmlr_jax.hf.io import Entry, HFError, read_directory, read_json
+from jmlr_jax.hf.io import Entry, HFError, read_directory, read_header, read_json
 from jmlr_jax.hf.modules import MASK, NORMALIZE, Modules, projection, read_modules
 from jmlr_jax.parallel.distributed import console
 
+IMPORTANCE_FILE = "importance.safetensors"
 COLBERT_CARD = "artifact.metadata"
 PYLATE_CARD = "config_sentence_transformers.json"
 PYLATE_DENSE = "pylate.models.Dense.Dense"
@@ -40,7 +41,7 @@ class Source:
     """A retriever's directory as found.
 
     Attributes:
-        entries: tensors of trunk and, if there is one, projection.
+        entries: tensors of trunk and, if there are, projection and importance of query tokens.
         config: content of config.json.
         conventions: what the directory says of fields of `RetrieverConfig` that a user must not depart from.
         lengths: what it says of its lengths, which are the user's choice.
@@ -69,7 +70,9 @@ def open_retriever(directory: str | os.PathLike[str]) -> Source:
     folder = any_path(directory)
     check_source(os.fspath(directory))
     modules = read_modules(folder)
-    entries = read_directory(folder)
+    entries, trained = read_directory(folder), {}
+    if (folder / IMPORTANCE_FILE).exists():
+        entries, trained = entries | read_header(folder / IMPORTANCE_FILE), {"importance": True}
     config = read_json(folder / "config.json")
     if modules is not None:
         if bert.PROJECTION in entries:
@@ -79,11 +82,11 @@ def open_retriever(directory: str | os.PathLike[str]) -> Source:
         card = _pylate_card(folder, modules)
         skips = folder / PYLATE_CARD if modules.mask is None else modules.mask / "config.json"
         said, lengths = _pylate_conventions(card, skips), _lengths(card, _read(folder / COLBERT_CARD))
-        return Source("pylate", folder, entries, config, _as_trained(said, config, folder), lengths)
+        return Source("pylate", folder, entries, config, _as_trained(said, config, folder) | trained, lengths)
     if bert.PROJECTION in entries:
         card = _read(folder / COLBERT_CARD)
         said, lengths = _colbert_conventions(card, folder), _lengths(_read(folder / PYLATE_CARD), card)
-        return Source("hf_colbert", folder, entries, config, _as_trained(said, config, folder), lengths)
+        return Source("hf_colbert", folder, entries, config, _as_trained(said, config, folder) | trained, lengths)
     return Source("bert", folder, entries, config)
 
 
