@@ -87,6 +87,8 @@ def trainable_counts(params: Any) -> dict[str, int]:
     counts = dict.fromkeys(GROUPS, 0)
     for label, leaf in zip(jax.tree.leaves(labels(params)), jax.tree.leaves(params), strict=True):
         counts[label] += leaf.size
+    if not counts["importance"]:
+        del counts["importance"]  # only some retrievers have it; a half without weights is told
     return counts
 
 
