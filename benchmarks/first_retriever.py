@@ -39,6 +39,11 @@ BLOCK = 1024  # passages scored at once
 NEAR = 20  # of BM25's, for each question
 
 
+def opened(folder: Path) -> Run:
+    """A prepared run."""
+    return Run.open(config_io.load(folder / RESOLVED_NAME, [f"run_dir={folder}"]))
+
+
 def dev_rows(run: Run, count: int) -> np.ndarray:
     """So many dev questions that have gold passages, spread evenly."""
     with_gold = [row for row in range(len(run.prepared.questions("dev"))) if len(run.prepared.gold("dev", row))]
@@ -83,8 +88,9 @@ def encoded(
     rows: np.ndarray,
     passages: np.ndarray,
     read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    split: str = "dev",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Unit vectors of dev questions and passages, q_NxQxC, p_MxPxC float16 and keep_MxP; `read` gives tokens."""
+    """Unit vectors of questions and passages, q_NxQxC, p_MxPxC float16 and keep_MxP; `read` gives tokens."""
     prepared, batch = run.prepared, run.cfg.index.encode_batch
     made = encode_passages_batched(
         functional.encode_passages, params, cfg, read, passages, prepared.skip_V, batch=batch
@@ -94,7 +100,7 @@ def encoded(
         functional.encode_queries,
         params,
         cfg,
-        lambda places: prepared.query_tokens("dev", rows[places]),
+        lambda places: prepared.query_tokens(split, rows[places]),
         len(rows),
         batch=batch,
     )
@@ -108,12 +114,16 @@ def first_layers(bert: dict[str, Any], cfg: RetrieverConfig) -> dict[str, Any]:
 
 
 @jax.jit
+def nearest(q_NxQxC: jax.Array, p_bxPxC: jax.Array, keep_bxP: jax.Array) -> jax.Array:
+    """Each query token's largest similarity in each passage, NxbxQ."""
+    similar = jnp.einsum("nqc,bpc->nbqp", q_NxQxC, p_bxPxC.astype(jnp.float32))
+    return jnp.max(jnp.where(keep_bxP[None, :, None, :], similar, -jnp.inf), axis=-1)
+
+
+@jax.jit
 def scores(q_NxQxC: jax.Array, p_bxPxD: jax.Array, keep_bxP: jax.Array, start_DxC: jax.Array) -> jax.Array:
     """MaxSim of every question with a block of passages."""
-    p_bxPxC = unit(p_bxPxD.astype(jnp.float32) @ start_DxC)
-    similar = jnp.einsum("nqc,bpc->nbqp", q_NxQxC, p_bxPxC)
-    similar = jnp.where(keep_bxP[None, :, None, :], similar, -jnp.inf)
-    return jnp.sum(jnp.max(similar, axis=-1), axis=-1)
+    return jnp.sum(nearest(q_NxQxC, unit(p_bxPxD.astype(jnp.float32) @ start_DxC), keep_bxP), axis=-1)
 
 
 def unit(x: jax.Array) -> jax.Array:
@@ -131,6 +141,11 @@ def ranks(
         found = [np.asarray(scores(some, p[places], keep[places], start)) for some in jnp.array_split(q_NxQxC, 10)]
         blocks.append(np.concatenate(found)[:, : len(p) - first])
     score_NxM = np.concatenate(blocks, axis=1)
+    return first_gold(score_NxM, gold)
+
+
+def first_gold(score_NxM: np.ndarray, gold: list[np.ndarray]) -> np.ndarray:
+    """Rank of the best gold passage of every question by score, from 1."""
     return np.array([1 + np.sum(row > row[own].max()) for row, own in zip(score_NxM, gold, strict=True)])
 
 
@@ -155,7 +170,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    run = Run.open(config_io.load(asked.run / RESOLVED_NAME, [f"run_dir={asked.run}"]))
+    run = opened(asked.run)
     questions, rows = run.prepared.questions("dev"), dev_rows(run, asked.questions)
     passages = corpus(run, rows, asked.passages)
     gold = [np.searchsorted(passages, run.prepared.gold("dev", int(row))) for row in rows]
@@ -176,7 +191,7 @@ def main() -> None:
             q, p, keep = vectors(run, rows, passages, layers, length)
             one = {"retriever": "pooled", "layers": layers, "length": length}
             pooled = np.asarray(unit(q.sum(1))) @ np.asarray(unit(p.astype(np.float32).sum(1))).T
-            note(np.array([1 + np.sum(s > s[g].max()) for s, g in zip(pooled, gold, strict=True)]), **one)
+            note(first_gold(pooled, gold), **one)
             draw = np.random.default_rng(0).permutation(np.flatnonzero(keep.reshape(-1)))[:100_000]
             sample = p.reshape(-1, p.shape[-1])[draw].astype(np.float32)
             for name, start in starts(sample, asked.width):

@@ -22,9 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.first_retriever import corpus, dev_rows, encoded, ranks
-from jmlr_jax import config_io
-from jmlr_jax.config_io import RESOLVED_NAME
+from benchmarks.first_retriever import corpus, dev_rows, encoded, opened, ranks
 from jmlr_jax.data.batches import assemble
 from jmlr_jax.method.losses import llm_rank_loss
 from jmlr_jax.method.step import candidate_scores
@@ -100,7 +98,7 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=1500)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    run = Run.open(config_io.load(asked.run / RESOLVED_NAME, [f"run_dir={asked.run}"]))
+    run = opened(asked.run)
     rows = dev_rows(run, asked.questions)
     table = []
     with jax.set_mesh(run.mesh):

@@ -28,25 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.first_retriever import BLOCK, corpus, dev_rows, encoded
+from benchmarks.first_retriever import BLOCK, corpus, dev_rows, encoded, first_gold, nearest, opened
 from benchmarks.retriever_rate import BATCH, MARGIN, tables
-from jmlr_jax import config_io
-from jmlr_jax.config_io import RESOLVED_NAME
 from jmlr_jax.method.losses import llm_rank_loss
 from jmlr_jax.method.scoring import minmax
-from jmlr_jax.nn import functional
-from jmlr_jax.retrieval.encode import encode_queries_batched
 from jmlr_jax.run.open import Run
 from jmlr_jax.run.weights import retriever_of
 
 CHUNK = 2000  # passages read at once
-
-
-@jax.jit
-def nearest(q_NxQxC: jax.Array, p_bxPxC: jax.Array, keep_bxP: jax.Array) -> jax.Array:
-    """Each query token's largest similarity in each passage, NxbxQ."""
-    similar = jnp.einsum("nqc,bpc->nbqp", q_NxQxC, p_bxPxC.astype(jnp.float32))
-    return jnp.max(jnp.where(keep_bxP[None, :, None, :], similar, -jnp.inf), axis=-1)
 
 
 def rarity(run: Run) -> np.ndarray:
@@ -91,17 +80,9 @@ def training(run: Run, params: Any, count: int) -> tuple[np.ndarray, ...]:
     rows, table_NxK, nll_nxK = tables(run, count)
     table_nxK = table_NxK[rows]
     passages = np.unique(table_nxK[table_nxK >= 0])
-    _, p_MxPxC, keep_MxP = encoded(run, params, run.retriever, np.zeros(1, int), passages, run.prepared.passage_tokens)
+    read = run.prepared.passage_tokens
+    q_nxQxC, p_MxPxC, keep_MxP = encoded(run, params, run.retriever, rows, passages, read, "train")
     ids_nxQ, length_n = run.prepared.query_tokens("train", rows)
-    made = encode_queries_batched(
-        functional.encode_queries,
-        params,
-        run.retriever,
-        lambda places: run.prepared.query_tokens("train", rows[places]),
-        len(rows),
-        batch=run.cfg.index.encode_batch,
-    )
-    q_nxQxC = np.concatenate(list(made))
     near = []
     for q_QxC, row_K in zip(q_nxQxC, np.searchsorted(passages, np.maximum(table_nxK, passages[0])), strict=True):
         near.append(np.asarray(nearest(q_QxC[None], p_MxPxC[row_K], keep_MxP[row_K]))[0])
@@ -118,7 +99,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.03, 0.1])
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    run = Run.open(config_io.load(asked.run / RESOLVED_NAME, [f"run_dir={asked.run}"]))
+    run = opened(asked.run)
     rows, table = dev_rows(run, asked.questions), []
     kinds = np.array([run.prepared.questions("dev")[int(row)].kind for row in rows])
     with jax.set_mesh(run.mesh):
@@ -138,7 +119,7 @@ def main() -> None:
     def note(weight_NxQ: Any, **what: Any) -> None:
         weight_NxQ = np.where(real_NxQ, np.asarray(weight_NxQ, np.float32), 0)
         score = [near.astype(np.float32) @ weight for near, weight in zip(near_NxMxQ, weight_NxQ, strict=True)]
-        rank_N = np.array([1 + np.sum(row > row[own].max()) for row, own in zip(score, gold, strict=True)])
+        rank_N = first_gold(np.stack(score), gold)
         found = what | {f"hit@{k}": float(np.mean(rank_N <= k)) for k in (1, 5, 10)}
         found["hit@1 by kind"] = {kind: float(np.mean(rank_N[kinds == kind] <= 1)) for kind in sorted(set(kinds))}
         table.append(found)

@@ -234,7 +234,7 @@ class RetrieverConfig(ModelConfig):
         return _said(self.source, self.bert)
 
     @model_validator(mode="after")
-    def _check_augmentation(self) -> RetrieverConfig:
+    def _check(self) -> RetrieverConfig:
         if fault := unattended(self):
             raise ValueError(fault)
         if self.importance and self.lora is not None and "importance" not in self.lora.whole:

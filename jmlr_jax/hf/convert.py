@@ -212,13 +212,12 @@ def _encoder(src: str | os.PathLike[str], raw: Mapping[str, Any]) -> _Checkpoint
     opened = open_retriever(src)
     shape = encoder_config.bert_from_hf(opened.config, f"{where}/config.json")
     check_position_ids(opened)
-    there = {"projection": opened.dim is not None, "importance": bert.IMPORTANCE in opened.entries}
-    rows, like = bert.colbert_rows(shape, **there), {"importance": there["importance"], "augment_queries": False}
-    wanted = leaves(abstract_params(RetrieverConfig(bert=shape, dim=opened.dim or 1, **like)))
+    head, rows = opened.head, bert.colbert_rows(shape, **opened.head)
+    like = RetrieverConfig(bert=shape, dim=opened.dim or 1, importance=head["importance"], augment_queries=False)
+    wanted = {path: leaf for path, leaf in leaves(abstract_params(like)).items() if head.get(path, True)}
     conventions: dict[str, Any] | None = {"dim": opened.dim, **opened.conventions, **opened.lengths}
     if opened.dim is None:
         conventions = None
-        wanted.pop("projection")
     assigned = assign(rows, wanted, opened.entries, bert.canonical, where)
     return _Checkpoint(raw, shape, rows, assigned, wanted, conventions)
 

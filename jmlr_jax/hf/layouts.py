@@ -60,6 +60,11 @@ class Source:
         entry = self.entries.get(bert.PROJECTION)
         return entry.shape[0] if entry is not None and entry.shape else None
 
+    @property
+    def head(self) -> dict[str, bool]:
+        """What may follow the trunk, by the names of :func:`jmlr_jax.hf.bert.colbert_rows`, and whether it is there."""
+        return {"projection": self.dim is not None, "importance": bert.IMPORTANCE in self.entries}
+
 
 def open_retriever(directory: str | os.PathLike[str]) -> Source:
     """Recognises the layout of a retriever's directory and reads what it says.
@@ -87,7 +92,7 @@ def open_retriever(directory: str | os.PathLike[str]) -> Source:
         card = _read(folder / COLBERT_CARD)
         said, lengths = _colbert_conventions(card, folder), _lengths(_read(folder / PYLATE_CARD), card)
         return Source("hf_colbert", folder, entries, config, _as_trained(said, config, folder) | trained, lengths)
-    return Source("bert", folder, entries, config)
+    return Source("bert", folder, entries, config, trained)
 
 
 def check_source(source: str) -> None:

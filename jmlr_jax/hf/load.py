@@ -93,16 +93,15 @@ def load_retriever(
     abstract, axes = abstract_params(cfg), logical_axes(cfg)
     smaller = cfg.model_copy(update={"bert": found})
     # What is not in the files is not in their table either.
-    there = {"projection": opened.dim is not None, "importance": bert.IMPORTANCE in opened.entries}
-    rows = bert.colbert_rows(resolved, **there)
-    wanted = {path: leaf for path, leaf in leaves(abstract_params(smaller)).items() if there.get(path, True)}
+    rows = bert.colbert_rows(resolved, **opened.head)
+    wanted = {path: leaf for path, leaf in leaves(abstract_params(smaller)).items() if opened.head.get(path, True)}
     placed = _place_all(rows, assign(rows, wanted, opened.entries, bert.canonical, source), abstract, axes, mesh)
     if opened.dim is None:
         target = abstract["projection"]
         where = _shardings(abstract, axes, mesh)["projection"]
         draw = jax.jit(lambda k: fan_in(1)(k, target.shape, jnp.float32).astype(target.dtype), out_shardings=where)
         placed["projection"] = draw(key)
-    if cfg.importance and not there["importance"]:
+    if cfg.importance and not opened.head["importance"]:
         placed["importance"] = _zeros((cfg.dim,), np.dtype("float32"), _shardings(abstract, axes, mesh)["importance"])()
     return cfg, nest(placed)
 

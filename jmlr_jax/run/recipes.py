@@ -22,7 +22,18 @@ from jmlr_jax.run.phases import PHASES, Phase
 
 # Keys of the models that are no part of them: where they come from is an input, recomputation changes rounding alone.
 NOT_SHAPE = ("source", "tokenizer", "bert.remat", "llama.remat")
-TEXT_ONLY = ("source", "tokenizer", "bert", "llama", "lora", "dim", "attend_to_mask_tokens", "copy_init", "max_length")
+TEXT_ONLY = (
+    "source",
+    "tokenizer",
+    "bert",
+    "llama",
+    "lora",
+    "dim",
+    "importance",
+    "attend_to_mask_tokens",
+    "copy_init",
+    "max_length",
+)
 RANKING = ("retriever", "importance", "rank_loss", "rank_weight", "help_margin", "sampled")
 LIVE = ("candidates", "mix", "refresh_steps", "refresh_delay")
 
