@@ -7,9 +7,11 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,15 +82,16 @@ def told(command: Sequence[str]) -> tuple[int, str]:
 
 
 def weights(folder: Path) -> str:
-    """Digest of the bits of a phase's final weights."""
+    """Digest of the bits of a phase's final weights, whatever became of the note on where their arrays lay."""
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
 
     hasher = hashlib.sha256()
     for part in sorted(path.name for path in folder.iterdir() if path.is_dir()):
-        with ocp.StandardCheckpointer() as reader:
-            tree = reader.restore((folder / part).absolute())
+        with tempfile.TemporaryDirectory() as copied, ocp.StandardCheckpointer() as reader:
+            copy = shutil.copytree(folder / part, Path(copied) / part, ignore=shutil.ignore_patterns("_sharding"))
+            tree = reader.restore(copy)
         for path, leaf in sorted((jax.tree_util.keystr(k), x) for k, x in jax.tree_util.tree_leaves_with_path(tree)):
             hasher.update(f"{part}{path}".encode() + np.ascontiguousarray(leaf).tobytes())
     return hasher.hexdigest()
