@@ -58,7 +58,7 @@ def _runs(folder: Path) -> dict[str, Any]:
             continue
         shutil.rmtree(run, ignore_errors=True)
         for command in (["prepare", *SETTINGS, "train.keep_last=3", *more], ["index"], ["train"], ["index"], ["eval"]):
-            status, said = told([command[0], "--run-dir", str(run), *command[1:]])
+            status, said, _ = told([command[0], "--run-dir", str(run), *command[1:]])
             if status:
                 raise SystemExit(f"jmlr {command[0]} ended with {status}: {said}")
     middle = folder / "middle"
@@ -84,7 +84,7 @@ def _one(folder: Path, kind: str, seed: str, wanted: dict[str, Any]) -> dict[str
     name = str(file.relative_to(run))
     _hurt(rng, folder, run, files, file, way)
     before = _content(run)
-    status, said = told(_words(command, run))
+    status, said, printed = told(_words(command, run))
     row = {"file": name, "way": way, "said": said.strip().splitlines()[-1:], "status": status}
     if status == 2:
         plain = "Traceback" not in said and said.strip().splitlines()[-1].startswith("jmlr: ")
@@ -94,9 +94,9 @@ def _one(folder: Path, kind: str, seed: str, wanted: dict[str, Any]) -> dict[str
     found = outcome(run)
     same = status == 0 and all(found.get(key, value) == value for key, value in wanted.items())
     if command == "search":
-        whole = told(_words(command, folder / "whole"))[1]
-        same = status == 0 and said.splitlines()[1:] == whole.splitlines()[1:]
-        row |= {} if same else {"whole": whole[-300:]}
+        whole = told(_words(command, folder / "whole"))[2]
+        same = status == 0 and printed == whole
+        row |= {} if same else {"printed": printed[-300:], "whole": whole[-300:]}
     return row | {"end": "exact" if same else "lost"}
 
 

@@ -66,32 +66,36 @@ def job(command: Sequence[str], count: int, log: Path, cache: Path) -> list[subp
     return [start([*command, "--distributed", f"{where},{i},{count}"], log, cache) for i in range(count)]
 
 
-def told(command: Sequence[str]) -> tuple[int, str]:
-    """Runs a command in this process: its status and what it said; 99 for what is no error of ours."""
+def told(command: Sequence[str]) -> tuple[int, str, str]:
+    """Runs a command in this process: its status (99 for what is no error of ours), what it said of its work, and
+    what it printed."""
     from jmlr_jax import cli
 
-    said = io.StringIO()
+    said, printed = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
             status = cli.main(list(command))
     except SystemExit as ended_early:
         status = int(ended_early.code or 0)
     except Exception as error:
-        return 99, f"{type(error).__name__}: {error}"
-    return status, said.getvalue()
+        return 99, f"{type(error).__name__}: {error}", ""
+    return status, said.getvalue(), printed.getvalue()
 
 
 def weights(folder: Path) -> str:
-    """Digest of the bits of a phase's final weights, whatever became of the note on where their arrays lay."""
+    """Digest of the bits of a phase's final weights, however many processes wrote them, and whatever became of the note
+    on where their arrays lay."""
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
 
     hasher = hashlib.sha256()
     for part in sorted(path.name for path in folder.iterdir() if path.is_dir()):
-        with tempfile.TemporaryDirectory() as copied, ocp.StandardCheckpointer() as reader:
+        with tempfile.TemporaryDirectory() as copied, ocp.PyTreeCheckpointer() as reader:
             copy = shutil.copytree(folder / part, Path(copied) / part, ignore=shutil.ignore_patterns("_sharding"))
-            tree = reader.restore(copy)
+            shape = reader.metadata(copy).item_metadata.tree
+            plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shape)
+            tree = reader.restore(copy, restore_args=plain)
         for path, leaf in sorted((jax.tree_util.keystr(k), x) for k, x in jax.tree_util.tree_leaves_with_path(tree)):
             hasher.update(f"{part}{path}".encode() + np.ascontiguousarray(leaf).tobytes())
     return hasher.hexdigest()
