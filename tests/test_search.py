@@ -9,6 +9,7 @@ from jmlr_jax import cli
 from jmlr_jax.answering.retrieval import SHOWN_MATCHES, Searcher, SearchError, matches, run_searcher
 from jmlr_jax.commands import pipeline
 from jmlr_jax.commands.search import read_questions, shown
+from jmlr_jax.data.prompts import Prompts
 from jmlr_jax.data.schema import RecordError
 from jmlr_jax.retrieval.fusion import reciprocal_rank
 from jmlr_jax.retrieval.store import IndexUnusable
@@ -44,6 +45,16 @@ def test_a_question_finds_what_its_prepared_row_finds(searcher):
     for got, wanted in zip((rows, scores), searcher.index.search(q, 3), strict=True):
         np.testing.assert_array_equal(got, wanted)
     np.testing.assert_array_equal(searcher.search(asked[1:2], 3)[0], rows[1:2])
+
+
+def test_questions_are_asked_as_the_template_says(searcher, monkeypatch):
+    cfg = searcher.corpus.cfg
+    template = {"query_template": "{last_sentence} {options}"}
+    plain, length = searcher.vectors(["what helps? rest tea"])
+    monkeypatch.setattr(searcher, "prompts", Prompts(cfg.retriever.model_copy(update=template), cfg.generator))
+    found, same = searcher.vectors(["A man is ill. what helps?"], [["rest", "tea"]])
+    np.testing.assert_array_equal(length, same)
+    np.testing.assert_allclose(found, plain, atol=1e-6)
 
 
 def test_only_passages_of_the_sources_asked_for(searcher, monkeypatch):

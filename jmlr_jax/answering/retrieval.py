@@ -106,8 +106,8 @@ class Searcher:
         """
         corpus, prepared = self.corpus, self.corpus.prepared
         before, after = prepared.retriever_ids.around("query")
-        template, among = corpus.cfg.retriever.query_template, options or [()] * len(texts)
-        asked = [template.format(question=t, options=" ".join(o)).strip() for t, o in zip(texts, among, strict=True)]
+        among = options or [()] * len(texts)
+        asked = [self.prompts.asked(*one).strip() for one in zip(texts, among, strict=True)]
         width = prepared.card["lengths"]["query"]
         table, _ = tokenise(self._tokenizer, asked, width, "questions", before=before, after=after)
         fill = prepared.retriever_ids.mask if prepared.card["augment_queries"] else prepared.retriever_ids.pad

@@ -68,8 +68,11 @@ class Prompts:
 
     def query(self, question: Question) -> str:
         """What the retriever (and BM25) is asked; ``{options}`` are the options joined by spaces."""
-        text = question.question
-        fields = {"question": text, "last_sentence": last_sentence(text), "options": " ".join(question.options)}
+        return self.asked(question.question, question.options)
+
+    def asked(self, text: str, options: Sequence[str] = ()) -> str:
+        """The same of a question that is in no data set."""
+        fields = {"question": text, "last_sentence": last_sentence(text), "options": " ".join(options)}
         return self.retriever.query_template.format(**fields)
 
     def retrieved(self, passage: Passage) -> str:
