@@ -150,7 +150,9 @@ def published(folder: Path, tokenizer: str, dtype: torch.dtype = torch.float32) 
 def test_import_keeps_every_byte(tmp_path: Path, tokenizer: str) -> None:
     source, written = tmp_path / "source", tmp_path / "written"
     published(source, tokenizer, torch.bfloat16)
+    (source / "tokenizer.model").write_bytes(b"pieces")
     import_checkpoint(source, written)
+    assert (written / "tokenizer.model").read_bytes() == b"pieces"
     assert stored(written) == stored(source)
     assert json.loads((written / "config.json").read_text()) == json.loads((source / "config.json").read_text())
     assert load_tokenizer(str(written)).get_vocab() == load_tokenizer(tokenizer).get_vocab()

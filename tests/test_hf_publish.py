@@ -173,6 +173,7 @@ def test_from_published_weights_with_adapters(tmp_path: Path) -> None:
     train_generator_tokenizer(texts, 300, str(base))
     hf_models.decoder("qwen3", base, torch.bfloat16, vocab_size=304, max_position_embeddings=512, head_dim=8)
     (base / "LICENSE").write_text("terms")
+    (base / "tokenizer.model").write_bytes(b"pieces")
     hf_colbert.export("published", tmp_path)
     raw = base_config(tmp_path)
     raw["generator"] |= {
@@ -189,6 +190,9 @@ def test_from_published_weights_with_adapters(tmp_path: Path) -> None:
     publish.export_run(run.cfg, out)
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "adapters", "colbert", "generator", "pylate"]
     assert (out / "generator" / "LICENSE").read_text() == (out / "adapters" / "LICENSE").read_text() == "terms"
+
+    for kept in ("generator", "adapters"):
+        assert (out / kept / "tokenizer.model").read_bytes() == b"pieces"
 
     lora_cfg = run.cfg.generator.lora
     _, back = load_generator(str(out / "generator"), LlamaConfig(max_positions=512, param_dtype="bfloat16"))

@@ -37,6 +37,7 @@ from jmlr_jax.data.tokenizers import (
     load_tokenizer,
     punctuation_table,
     retriever_ids,
+    save_tokenizer,
     train_generator_tokenizer,
     train_retriever_tokenizer,
 )
@@ -200,7 +201,7 @@ def _make_tokenizers(cfg: Config, prompts: Prompts, sources: Sources, out: Path)
         texts = [*map(prompts.retrieved, passages), *map(prompts.query, train)]
         train_retriever_tokenizer(texts, cfg.retriever, directory)
     else:
-        _given_tokenizer("retriever", cfg.retriever).save_pretrained(directory)
+        save_tokenizer(_given_tokenizer("retriever", cfg.retriever), cfg.retriever.tokenizer_place, directory)
     directory = str(out / "tokenizers" / "generator")
     if cfg.generator.tokenizer_place is None:
         texts = [prompts.reference(passage) for passage in passages]
@@ -210,7 +211,7 @@ def _make_tokenizers(cfg: Config, prompts: Prompts, sources: Sources, out: Path)
             texts, cfg.generator.tokenizer_vocab, directory, lowercase=cfg.generator.tokenizer_lowercase
         )
     else:
-        _given_tokenizer("generator", cfg.generator).save_pretrained(directory)
+        save_tokenizer(_given_tokenizer("generator", cfg.generator), cfg.generator.tokenizer_place, directory)
 
 
 def _given_tokenizer(half: str, cfg: RetrieverConfig | GeneratorConfig) -> PreTrainedTokenizerFast:

@@ -7,6 +7,7 @@ adds them, nobody else.
 from __future__ import annotations
 
 import json
+import shutil
 import string
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from jmlr_jax.files import local_path
 BYTES = 256
 MAX_BYTES = 1 << 28  # of one file of a tokenizer; the largest published ones have a tenth of it
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+SENTENCEPIECE = "tokenizer.model"
 KINDS = ("BPE", "Unigram", "WordLevel", "WordPiece")
 _MAX_LETTERS = 1000  # of the retriever's alphabet; rarer ones are unknown
 _GENERATOR_SPECIALS = ("<pad>", "<s>", "</s>")
@@ -128,6 +130,17 @@ def _why(folder: Path, error: Exception) -> str:
         f"{cannot}: tokenizer.json ({kind}) was written for another version than {here} ({first}); save it again with "
         "that one, or install the one that wrote it"
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, source: str, directory: str) -> None:
+    """Writes a tokenizer that was loaded from the directory `source`, and the SentencePiece model that may be there.
+
+    Nothing here reads that file; llama.cpp's converter takes Gemma's vocabulary from nowhere else.
+    """
+    tokenizer.save_pretrained(directory)
+    model = local_path(source) / SENTENCEPIECE
+    if model.is_file():
+        shutil.copyfile(model, Path(directory) / SENTENCEPIECE)
 
 
 def encoder(tokenizer: PreTrainedTokenizerFast, *, continues: bool = False) -> Tokenizer:

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from jmlr_jax.config_models import BertConfig, DType, LlamaConfig, RetrieverConfig
-from jmlr_jax.data.tokenizers import ids_below, load_tokenizer
+from jmlr_jax.data.tokenizers import ids_below, load_tokenizer, save_tokenizer
 from jmlr_jax.files import any_path
 from jmlr_jax.hf import bert, config, encoder_config, llama
 from jmlr_jax.hf.export import SHARD_BYTES, write_colbert_tensors, write_pylate_tensors
@@ -116,7 +116,7 @@ def import_checkpoint(
             write_directory(folder, tensors, SHARD_BYTES)
         if broken:
             raise HFError(f"{os.fspath(src)}: not all values are finite as {stored} in {', '.join(gather(broken))}")
-        tokenizer.save_pretrained(os.fspath(folder))
+        save_tokenizer(tokenizer, os.fspath(src), os.fspath(folder))
 
 
 @dataclass(frozen=True)
