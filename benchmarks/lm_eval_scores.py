@@ -72,6 +72,7 @@ def documents(run: Run, rows: list[dict[str, Any]], split: str) -> list[dict[str
         made.append(
             {
                 "prompt": prompt_text,
+                "ids": prompt_ids.tolist(),
                 "options": option_texts,
                 "answer": row["answer"],
                 "same": all(same),
