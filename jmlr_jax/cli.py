@@ -215,8 +215,10 @@ def _plan(config: Config, args: argparse.Namespace) -> None:
 
     jax.config.update("jax_platforms", "cpu")  # what is asked is the compiler; a TPU that is there is left alone
     from jmlr_jax.planning import report as plan_report
+    from jmlr_jax.planning.search import Look
 
-    plan_report.run(config, args.topology, args.search, args.json, args.lengths)
+    look = Look(args.search, args.budget, args.tried)
+    plan_report.run(config, args.topology, args.json, args.lengths, look)
 
 
 def _print_config(config: Config, args: argparse.Namespace) -> None:
@@ -376,7 +378,10 @@ def _parser() -> argparse.ArgumentParser:
         elif name == "plan":
             sub.add_argument("--topology", metavar="SLICE", help="e.g. v5e:4x4; default: mesh.topology")
             sub.add_argument("--lengths", metavar="DATA", help="price it at real lengths too: medqa, or those of a run")
-            sub.add_argument("--search", action="store_true", help="compile every mesh and number of microbatches")
+            what = "look for the fastest settings that fit: mesh, batch, microbatches, remat, on-chip memory"
+            sub.add_argument("--search", action="store_true", help=what)
+            sub.add_argument("--budget", type=_positive, metavar="MINUTES", help="with --search: begin nothing after")
+            sub.add_argument("--tried", metavar="FILE", help="with --search: keep what was tried, and go on from it")
             sub.add_argument("--json", metavar="FILE", help="write the plan (with --search the fastest that fits)")
         elif name == "print-config":
             sub.add_argument("--fields", action="store_true", help="every key with its default and description")

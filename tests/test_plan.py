@@ -215,17 +215,6 @@ def test_what_does_not_fit_names_a_knob(made: plan.Plan) -> None:
     assert "fits narrowly" in plan_report.verdict(replace(made, step=cramped))[0]
 
 
-def test_search_goes_through_meshes_and_microbatches(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = []
-    monkeypatch.setattr(plan, "make_plan", lambda cfg, name, whole: tried.append((cfg.mesh, cfg.train.accumulate)))
-    list(plan.search(small()))
-    shapes = {(mesh.data, mesh.fsdp, mesh.tensor) for mesh, _ in tried}
-    assert shapes == {(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2)}  # two heads: tensor 4 does not divide
-    assert {pieces for mesh, pieces in tried if mesh.tensor == 1} == {1, 2}  # rows of a microbatch over four chips
-    monkeypatch.setitem(CHIPS, "v5e", replace(CHIPS["v5e"], hbm=1.0))
-    assert list(plan.search(small())) == []
-
-
 def test_errors_name_the_setting() -> None:
     with pytest.raises(programs.PlanError, match="mesh.topology"):
         plan.make_plan(small().model_copy(update={"mesh": small().mesh.model_copy(update={"topology": None})}))
@@ -242,14 +231,11 @@ def test_errors_name_the_setting() -> None:
 
 @pytest.mark.exhaustive
 def test_command(made: plan.Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
-    monkeypatch.setattr(plan_report, "make_plan", lambda cfg, topology, lengths: replace(made, cfg=cfg))
+    monkeypatch.setattr(plan_report, "make_plan", lambda cfg, topology, lengths, flags: replace(made, cfg=cfg))
     out = tmp_path / "plan.json"
     assert cli.main(["plan", "--config", "smoke", "--topology", "v5e:2x2", "--json", str(out)]) == 0
     assert json.loads(out.read_text()).keys() == KEYS
     assert "the joint step fits" in capsys.readouterr().out
-    monkeypatch.setattr(plan_report, "search", lambda cfg, topology: iter([made]))
-    assert cli.main(["plan", "--search", "--topology", "v5e:2x2"]) == 0
-    assert "1 x 2 x 2" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- compiled programs

@@ -10,17 +10,17 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 
-from jmlr_jax.config import Config, MeshConfig
+from jmlr_jax.config import Config
 from jmlr_jax.nn.abstract import shard_bytes
 from jmlr_jax.parallel.libtpu import set_flags
-from jmlr_jax.parallel.sharding import ShardingError, make_mesh, replicated_report
+from jmlr_jax.parallel.sharding import make_mesh, replicated_report
 from jmlr_jax.planning.chips import CHIPS, GIB, Chip
 from jmlr_jax.planning.estimate import Estimate, estimate, part
 from jmlr_jax.planning.hlo import parse
@@ -122,21 +122,27 @@ class Plan:
         return math.ceil(MEDQA_QUESTIONS / self.cfg.train.batch_size) * self.seconds / 3600
 
 
-def make_plan(cfg: Config, topology: str | None = None, *, whole: bool = True, lengths: Lengths | None = None) -> Plan:
+def make_plan(
+    cfg: Config,
+    topology: str | None = None,
+    *,
+    whole: bool = True,
+    lengths: Lengths | None = None,
+    flags: Mapping[str, str] | None = None,
+) -> Plan:
     """Compiles a configuration for a slice; minutes for a large model.
 
     Args:
         topology: generation and shape in chips, as ``v5e:4x4``; None takes ``mesh.topology``.
         whole: the encoding and evaluation programs too, not the joint step alone.
         lengths: of the data set; the step is then priced at them too.
+        flags: of the compiler, by name, beside those of :mod:`jmlr_jax.parallel.libtpu`, which they replace.
 
     Raises:
         PlanError: no topology, an unknown one, or a vocabulary size that only the data would tell.
         ShardingError: the mesh, the batch or a weight does not divide over the chips.
     """
-    name = topology or cfg.mesh.topology
-    if name is None:
-        raise PlanError("which slice? give --topology, e.g. --topology v5e:4x4, or set mesh.topology")
+    name = named_slice(cfg, topology)
     chip, devices = slice_of(name)
     mesh = make_mesh(cfg.mesh, devices)
     programs = {"step": step_program} | ({"encode": encode_program, "evaluate": evaluate_program} if whole else {})
@@ -145,34 +151,21 @@ def make_plan(cfg: Config, topology: str | None = None, *, whole: bool = True, l
     state, frozen, _ = sources["step"].arguments
     replicated = replicated_report({"state": state, "frozen": frozen}, LARGE)
     found = None if lengths is None else packed(lengths, cfg, mesh.shape["data"] * mesh.shape["fsdp"])
-    compiled = {key: compile_program(source, chip, windows, found) for key, source in sources.items()}
+    compiled = {key: compile_program(source, chip, windows, found, flags) for key, source in sources.items()}
     work = step_work(resolved(cfg), PHASES["jmlr"])
     return Plan(cfg, name, chip, dict(mesh.shape), work, replicated, **compiled, lengths=lengths, packed=found)
 
 
-def search(cfg: Config, topology: str | None = None) -> Iterator[Plan]:
-    """Plans of the joint step for every mesh of the slice and every number of microbatches that divides, one by one.
+def named_slice(cfg: Config, topology: str | None) -> str:
+    """The slice that is asked for, or that the configuration names.
 
-    Meshes whose weights and optimizer alone exceed the memory are left out. Errors as :func:`make_plan`.
+    Raises:
+        PlanError: neither.
     """
     name = topology or cfg.mesh.topology
     if name is None:
         raise PlanError("which slice? give --topology, e.g. --topology v5e:4x4, or set mesh.topology")
-    chip, devices = slice_of(name)
-    count = len(devices)
-    for tensor in (t for t in range(1, count + 1) if count % t == 0):
-        for data in (d for d in range(1, count // tensor + 1) if count // tensor % d == 0):
-            sizes = MeshConfig(data=data, fsdp=count // tensor // data, tensor=tensor, topology=name)
-            for accumulate in (a for a in range(1, cfg.train.batch_size + 1) if cfg.train.batch_size % a == 0):
-                train = cfg.train.model_copy(update={"accumulate": accumulate})
-                one = cfg.model_copy(update={"mesh": sizes, "train": train})
-                try:
-                    mesh = make_mesh(sizes, devices)
-                    arguments = step_program(one, mesh).arguments
-                except ShardingError:
-                    continue
-                if shard_bytes(arguments) < chip.hbm:
-                    yield make_plan(one, name, whole=False)
+    return name
 
 
 def slice_of(topology: str) -> tuple[Chip, list[Any]]:
@@ -200,14 +193,20 @@ def slice_of(topology: str) -> tuple[Chip, list[Any]]:
     return CHIPS[generation], list(found.devices)
 
 
-def compile_program(source: Source, chip: Chip, windows: Sequence[int | None], at: Packed | None = None) -> Program:
+def compile_program(
+    source: Source,
+    chip: Chip,
+    windows: Sequence[int | None],
+    at: Packed | None = None,
+    flags: Mapping[str, str] | None = None,
+) -> Program:
     """Memory by part and seconds of a program on its chips; with `at` also those at the lengths of a data set."""
     started = time.monotonic()
     optimizer, batch = shard_bytes(source.optimizer), shard_bytes(source.batch)
     weights = shard_bytes(source.arguments) - optimizer - batch
     parts: dict[str, float] = {"weights": weights, "optimizer": optimizer, "batch": batch}
     try:
-        compiled = source.lower(*source.arguments).compile()
+        compiled = source.lower(*source.arguments).compile(compiler_options=dict(flags or {}))
     except jax.errors.JaxRuntimeError as error:
         found = _OUT_OF_MEMORY.search(str(error))
         if found is None:

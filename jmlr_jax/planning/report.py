@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +18,8 @@ from jmlr_jax.planning.chips import GIB
 from jmlr_jax.planning.epoch import hours
 from jmlr_jax.planning.estimate import VECTOR_FORWARD
 from jmlr_jax.planning.lengths import lengths_of
-from jmlr_jax.planning.plan import MEDQA_QUESTIONS, SPARE, Plan, Program, make_plan, search
-from jmlr_jax.planning.programs import PlanError
+from jmlr_jax.planning.plan import MEDQA_QUESTIONS, SPARE, Plan, Program, make_plan
+from jmlr_jax.planning.search import SCOPED, Look, Search, Trial, applied
 
 NOTES = (
     "Seconds are estimates: cycles of every operation by the TPU compiler over the chip's clock; it has run nowhere.",
@@ -32,30 +33,35 @@ NOTES = (
 )
 
 
-def run(cfg: Config, topology: str | None, try_all: bool, json_path: str | None, lengths: str | None) -> None:
-    """Makes and prints a plan; with `try_all` of every mesh, and then in full of the fastest that fits.
+def run(
+    cfg: Config,
+    topology: str | None,
+    json_path: str | None,
+    lengths: str | None,
+    look: Look,
+) -> None:
+    """Makes and prints a plan; of the configuration, or of the fastest settings that a search finds.
 
     Args:
         lengths: of :func:`jmlr_jax.planning.lengths.lengths_of`.
+        look: whether to search.
 
     Raises:
-        PlanError, ShardingError: see :func:`jmlr_jax.planning.plan.make_plan`; also if no mesh divides, or none fits.
+        PlanError, ShardingError: see :func:`jmlr_jax.planning.plan.make_plan`; also if nothing that was tried fits.
     """
     console, notes = distributed.console(out=True), distributed.console()
     known = None if lengths is None else lengths_of(lengths)
-    if try_all:
-        found = []
-        for one in search(cfg, topology):
-            found.append(one)
-            time = "does not fit" if one.seconds is None else f"{one.seconds:.2f} s"
-            notes.print(f"{one.mesh}, accumulate {one.cfg.train.accumulate}: {time}")
-        print_search(found, console)
-        fitting = [one for one in found if one.seconds is not None and one.step.spare >= SPARE]
-        if not fitting:
-            raise PlanError(f"none of {len(found)} layouts fits with {SPARE:.0%} to spare: take a larger slice")
-        cfg = min(fitting, key=lambda one: one.seconds or 0).cfg
+    flags: dict[str, str] = {}
+    if look.search:
+        found = Search(cfg, topology, look.tried, lambda one: notes.print(_trial_line(one)))
+        try:
+            best = found.run(math.inf if look.budget is None else look.budget * 60)
+        finally:
+            print_search(found.ranked(), console)
+        console.print(Text(f"fastest: {best.words}"))
+        cfg, flags = applied(cfg, best.settings)
     notes.print("compiling; minutes for a large model")
-    plan = make_plan(cfg, topology, lengths=known)
+    plan = make_plan(cfg, topology, lengths=known, flags=flags)
     print_plan(plan, console)
     if json_path is not None:
         write_text(json_path, json.dumps(to_json(plan), indent=1) + "\n")
@@ -199,22 +205,28 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(note, style="dim")
 
 
-def print_search(plans: Sequence[Plan], console: Console) -> None:
-    """All that was tried, the fastest that fits with room to spare first."""
-    table = Table(
-        "mesh (data x fsdp x tensor)", "accumulate", "HBM GiB", "s a step", "MFU", "questions/h", title="search"
-    )
-    for plan in sorted(plans, key=lambda p: (p.step.spare < SPARE or not p.step.fits, p.seconds or p.step.used)):
-        time = plan.seconds
+def print_search(trials: Sequence[Trial], console: Console) -> None:
+    """All that was tried, in the order given."""
+    heads = ("mesh (data x fsdp x tensor)", "questions", "accumulate", "remat", "on-chip MiB", "HBM GiB")
+    table = Table(*heads, "s a step", "MFU", "questions/h", title="search")
+    for one in trials:
+        s = one.settings
+        shape = " x ".join(str(s[f"mesh.{name}"]) for name in ("data", "fsdp", "tensor"))
+        memory = "not compiled" if one.used is None else f"{one.used / GIB:.1f}{'' if one.fits else ' does not fit'}"
         table.add_row(
-            " x ".join(str(size) for size in plan.mesh.values()),
-            str(plan.cfg.train.accumulate),
-            f"{plan.step.used / GIB:.1f}" + ("" if plan.step.fits else " does not fit"),
-            "" if time is None else f"{time:.2f}",
-            "" if plan.mfu is None else f"{plan.mfu:.0%}",
-            "" if time is None else f"{plan.cfg.train.batch_size / time * 3600:,.0f}",
+            *(shape, str(s["train.batch_size"]), str(s["train.accumulate"]), s["generator.llama.remat"]),
+            *(str(s[SCOPED] >> 10), memory),
+            *("" if one.seconds is None else f"{one.seconds:.2f}", "" if one.mfu is None else f"{one.mfu:.0%}"),
+            f"{one.questions_an_hour:,.0f}" if one.fits else "",
         )
     console.print(table)
+
+
+def _trial_line(one: Trial) -> Text:
+    time = (
+        f"{one.seconds:.2f} s, {one.questions_an_hour:,.0f} questions/h" if one.seconds and one.fits else "does not fit"
+    )
+    return Text(f"{one.words}: {time}")
 
 
 def _gib(program: Program) -> dict[str, float]:
