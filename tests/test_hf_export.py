@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from etils import epath
+from safetensors import safe_open
 
 from jmlr_jax.config import MeshConfig
 from jmlr_jax.config_models import LlamaConfig, LoraConfig
@@ -139,6 +140,11 @@ def test_adapters_in_peft(name: str, tmp_path: Path, tokenizer: str) -> None:
     np.testing.assert_allclose(from_merged, theirs, atol=1e-4)
     described = json.loads((alone / "adapter_config.json").read_text())
     assert described["base_model_name_or_path"] == str(source) and described["lora_alpha"] == 12
+    # What vLLM asks of an adapter: these fields, low-rank matrices and nothing else.
+    assert {"r", "lora_alpha", "target_modules"} <= described.keys()
+    assert not described.keys() & {"modules_to_save", "use_dora"}
+    with safe_open(alone / "adapter_model.safetensors", "numpy") as file:
+        assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in file.keys())
 
 
 def published(folder: Path, tokenizer: str, dtype: torch.dtype = torch.float32) -> None:
