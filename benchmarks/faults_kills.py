@@ -87,13 +87,19 @@ def _cycle(folder: Path, number: int, seed: int, wanted: dict[int, dict[str, Any
             shutil.copytree(folder / "whole_1" / "data", run / "data")
             shutil.copy(folder / "whole_1" / "config.yaml", run / "config.yaml")
         for stage in STAGES if processes == 1 else plan:
+            took = None
             for _ in range(plan[stage]):
-                moment = rng.uniform(0, wanted[processes]["seconds"][stage])
-                if _killed(folder, run, stage, processes, moment):
-                    name = f"{stage} by {processes}"
-                    counts[name] = counts.get(name, 0) + 1
-                else:
+                lasts = wanted[processes]["seconds"]
+                moment = rng.uniform(0, lasts[stage])
+                took = _killed(folder, run, stage, processes, moment)
+                if took is not None:  # it had ended: nothing is left to kill, and it is faster than was thought
                     missed += 1
+                    lasts[stage] = max(took, lasts[stage] / 2)
+                    break
+                name = f"{stage} by {processes}"
+                counts[name] = counts.get(name, 0) + 1
+            if took is not None and stage == "export":
+                continue  # a folder that is whole is not written again
             status = _act(folder, run, stage, processes)
             if status:
                 different.append(f"cycle {number}, {stage} by {processes}: ended with {status}")
@@ -107,12 +113,15 @@ def _cycle(folder: Path, number: int, seed: int, wanted: dict[int, dict[str, Any
     return {"kills": counts, "missed": missed, "different": different}
 
 
-def _killed(folder: Path, run: Path, stage: str, processes: int, moment: float) -> bool:
-    """Kills a stage so many seconds after its start; whether it was still at work."""
-    log, cache = folder / "log.txt", folder / "compiled"
+def _killed(folder: Path, run: Path, stage: str, processes: int, moment: float) -> float | None:
+    """Kills a stage so many seconds after its start; None, or how long it took if it had ended by then."""
+    log, cache, began = folder / "log.txt", folder / "compiled", time.monotonic()
     one = processes == 1
     started = [start(words(stage, run), log, cache)] if one else job(words(stage, run), processes, log, cache)
-    time.sleep(moment)
+    took = moment
+    while time.monotonic() < began + moment and any(process.poll() is None for process in started):
+        time.sleep(0.05)
+        took = time.monotonic() - began
     for process in started:
         process.kill()
-    return any(process.wait() == -signal.SIGKILL for process in started)
+    return None if any(process.wait() == -signal.SIGKILL for process in started) else took

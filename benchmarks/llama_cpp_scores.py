@@ -1,6 +1,7 @@
 """An exported generator in llama.cpp, beside our own reading of the same folder.
 
-    python benchmarks/llama_cpp_scores.py RUN FOLDER --peer PYTHON --convert SCRIPT [--arm jmlr] [--limit 20]
+    python benchmarks/llama_cpp_scores.py RUN FOLDER --peer PYTHON --convert SCRIPT [--arm jmlr]
+                                          [--split test] [--limit 20]
 
 RUN is the directory of one seed, trained and evaluated. FOLDER gets the generator as `jmlr export` writes it, and a
 GGUF file that SCRIPT, llama.cpp's ``convert_hf_to_gguf.py``, makes of it in float32. PYTHON is an interpreter that has
@@ -18,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from exported import exported, opened
 from lm_eval_scores import documents
 
-from jmlr_jax.cli import main as jmlr
-from jmlr_jax.config_io import load
 from jmlr_jax.config_models import LlamaConfig
 from jmlr_jax.evaluation.evaluate import QUESTIONS
 from jmlr_jax.hf.load import load_generator
@@ -43,8 +43,9 @@ def ours(run: Run, folder: Path, prompts: list[list[int]]) -> tuple[np.ndarray, 
     known = run.prepared.generator_ids
     asked = {"max_new": run.cfg.generator.answer_length, "eos_id": known.eos, "stops": known.stops}
     tokens, made = (np.asarray(x) for x in generate(params, cfg, ids, length, **asked))
-    ends = {known.eos, *known.stops}
-    return scores, [[t for t in row[:count].tolist() if t not in ends] for row, count in zip(tokens, made, strict=True)]
+    return scores, [
+        [t for t in row[:count].tolist() if t not in known.ends] for row, count in zip(tokens, made, strict=True)
+    ]
 
 
 def compared(docs: list[dict[str, Any]], found: tuple[np.ndarray, list[list[int]]], folder: Path) -> dict[str, Any]:
@@ -76,19 +77,16 @@ def main() -> None:
     given = parser.parse_args()
     folder = given.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run.open(load(str(given.run / "config.yaml"), [f"run_dir={given.run}"]))
-    exported, file = folder / "exported", folder / "generator.gguf"
-    if not exported.exists() and jmlr(["export", str(given.run), str(exported), "--arm", given.arm]):
-        raise SystemExit(f"{given.arm} could not be exported")
-    convert = [given.peer, given.convert, str(exported / "generator"), "--outtype", "f32", "--outfile", str(file)]
+    run, generator = opened(given.run), str(exported(given.run, folder, given.arm) / "generator")
+    convert = [given.peer, given.convert, generator, "--outtype", "f32", "--outfile", str(folder / "generator.gguf")]
     subprocess.run(convert, check=True)
     lines = (given.run / "eval" / given.split / given.arm / QUESTIONS).read_text().splitlines()
     docs = documents(run, [json.loads(line) for line in lines[: given.limit]], given.split)
     ids = run.prepared.generator_ids
     task = {"prompts": [doc["prompt"] for doc in docs], "ids": [doc["ids"] for doc in docs]}
-    task |= {"stops": [ids.eos, *ids.stops], "most": run.cfg.generator.answer_length}
+    task |= {"stops": ids.ends, "most": run.cfg.generator.answer_length}
     (folder / "task.json").write_text(json.dumps(task))
-    found = ours(run, exported / "generator", task["ids"])
+    found = ours(run, Path(generator), task["ids"])
     subprocess.run([given.peer, str(Path(__file__).with_name("llama_cpp_task.py")), str(folder)], check=True)
     text = json.dumps(compared(docs, found, folder), indent=1)
     (folder / "result.json").write_text(text + "\n")

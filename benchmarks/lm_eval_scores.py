@@ -21,9 +21,8 @@ from typing import Any
 
 import numpy as np
 import yaml
+from exported import exported, opened
 
-from jmlr_jax.cli import main as jmlr
-from jmlr_jax.config_io import load
 from jmlr_jax.data.tokenizers import load_tokenizer
 from jmlr_jax.evaluation.evaluate import QUESTIONS
 from jmlr_jax.evaluation.reading import Reader, Setting, question_batch
@@ -115,7 +114,7 @@ def main() -> None:
     given = parser.parse_args()
     folder, result = given.folder.resolve(), {}
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run.open(load(str(given.run / "config.yaml"), [f"run_dir={given.run}"]))
+    run = opened(given.run)
     for arm in given.arms:
         lines = (given.run / "eval" / given.split / arm / QUESTIONS).read_text().splitlines()
         ours = documents(run, [json.loads(line) for line in lines[: given.limit]], given.split)
@@ -124,10 +123,7 @@ def main() -> None:
         data.write_text("".join(json.dumps({key: doc[key] for key in shown}) + "\n" for doc in ours))
         task = TASK | {"task": name, "dataset_kwargs": {"data_files": {"test": str(data)}}}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
-        exported = folder / f"exported_{arm}"
-        if not exported.exists() and jmlr(["export", str(given.run), str(exported), "--arm", arm]):
-            raise SystemExit(f"{arm} could not be exported")
-        model = f"pretrained={exported / 'generator'},dtype=float32,add_bos_token=False"
+        model = f"pretrained={exported(given.run, folder, arm) / 'generator'},dtype=float32,add_bos_token=False"
         options = ["--model", "hf", "--model_args", model, "--device", "cpu", "--batch_size", "4"]
         options += ["--include_path", str(folder), "--tasks", name, "--log_samples", "--output_path", str(folder / arm)]
         subprocess.run([given.peer, "-m", "lm_eval", *options], check=True)

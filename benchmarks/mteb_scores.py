@@ -18,12 +18,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from exported import exported, opened
 
 from jmlr_jax.answering.retrieval import run_searcher
-from jmlr_jax.cli import main as jmlr
-from jmlr_jax.config_io import load
 from jmlr_jax.data.prompts import Prompts
 from jmlr_jax.run.open import Run
+from jmlr_jax.run.phases import trained_retriever
+from jmlr_jax.run.weights import INITIAL
 
 DEPTH = 100  # passages of a question that are ranked
 
@@ -46,7 +47,7 @@ def write_ranking(run: Run, folder: Path, arm: str, split: str, rows: list[int])
     """What the run's own index finds, with its scores, in ``ranking.json``."""
     questions = [run.prepared.questions(split)[row] for row in rows]
     with jax.set_mesh(run.mesh):
-        searcher = run_searcher(run, arm)
+        searcher = run_searcher(run, trained_retriever(arm) or INITIAL)
         found, scores = searcher.search([q.question for q in questions], DEPTH, options=[q.options for q in questions])
     names = np.array([passage.id for passage in run.prepared.passages])
     ranking = {
@@ -62,21 +63,19 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--peer", required=True, help="a Python that has mteb and sentence-transformers 6")
-    parser.add_argument("--arm", default="jmlr")
+    parser.add_argument("--arm", default="jmlr", choices=("jmlr", "separate", "frozen"))
     parser.add_argument("--split", default="test")
     parser.add_argument("--limit", type=int, help="so many questions, the first")
     given = parser.parse_args()
     folder = given.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run.open(load(str(given.run / "config.yaml"), [f"run_dir={given.run}"]))
+    run = opened(given.run)
     if run.cfg.retriever.importance:
         raise SystemExit("retriever.importance is this project's own: other libraries count every token alike")
-    exported = folder / "exported"
-    if not exported.exists() and jmlr(["export", str(given.run), str(exported), "--arm", given.arm]):
-        raise SystemExit(f"{given.arm} could not be exported")
+    layout = exported(given.run, folder, given.arm) / "pylate"
     write_ranking(run, folder, given.arm, given.split, write_task(run, folder, given.split, given.limit))
     script = Path(__file__).with_name("mteb_task.py")
-    subprocess.run([given.peer, str(script), str(folder), str(exported / "pylate"), str(DEPTH)], check=True)
+    subprocess.run([given.peer, str(script), str(folder), str(layout), str(DEPTH)], check=True)
     print((folder / "result.json").read_text())
 
 

@@ -59,11 +59,11 @@ def main() -> None:
     theirs = json.loads(file.read_text())["default"]["test"]
     ours = json.loads((folder / "ranking.json").read_text())
     relevant = json.loads((folder / "relevant.json").read_text())
-    apart, same, first = [], 0, 0
+    apart, same, most, first = [], 0, 0, 0
     for name, ranked in ours.items():
         best = sorted(theirs[name], key=theirs[name].get, reverse=True)[:10]
         mine = sorted(ranked, key=ranked.get, reverse=True)[:10]
-        same += len(set(best) & set(mine))
+        same, most = same + len(set(best) & set(mine)), most + len(mine)
         first += best[0] == mine[0]
         apart += [abs(ranked[key] - theirs[name][key]) for key in set(ranked) & set(theirs[name])]
     scored = calculate_retrieval_scores(ours, relevant, (1, 10, 100))
@@ -77,7 +77,7 @@ def main() -> None:
         "there": {name: there[name.replace("@", "_at_")] for name in MEASURES},
         "here": measured,
         "same_first": first / len(ours),
-        "same_of_ten": same / (10 * len(ours)),
+        "same_of_ten": same / most,
         "largest_difference_of_scores": max(apart),
     }
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")

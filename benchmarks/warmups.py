@@ -4,7 +4,7 @@
 
 For each length FOLDER/warmup_N gets one `jmlr run` of the arms `jmlr` and `separate`, which goes on where it stopped.
 Both begin with the same warm-up and train either half for the same number of steps, so that their FLOPs are about
-equal; what they were is in the table. The result is printed, and lies in FOLDER (``warmups.json``, ``warmups.png``).
+equal; what they were is told. The result is printed, and lies in FOLDER (``warmups.json``, ``warmups.png``).
 """
 
 from __future__ import annotations
@@ -51,15 +51,14 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--warmups", type=int, nargs="+", default=[400, 800, 1500, 3000])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--config", help="as of `jmlr run`")
-    given = parser.parse_args()
+    given, overrides = parser.parse_known_args()
     rows = []
     for steps in given.warmups:
         run = given.folder.absolute() / f"warmup_{steps}"
-        words = [f"train.warmup.steps={steps}", "eval.arms=[jmlr,separate]", *given.overrides]
+        words = [f"train.warmup.steps={steps}", "eval.arms=[jmlr,separate]", *overrides]
         config = ["--config", given.config] if given.config else []
         if jmlr(["run", *config, "--run-dir", str(run), "--seeds", str(given.seeds), *words]):
             raise SystemExit(f"the run in {run} failed")

@@ -378,10 +378,10 @@ def _parser() -> argparse.ArgumentParser:
         elif name == "plan":
             sub.add_argument("--topology", metavar="SLICE", help="e.g. v5e:4x4; default: mesh.topology")
             sub.add_argument("--lengths", metavar="DATA", help="price it at real lengths too: medqa, or those of a run")
-            what = "look for the fastest settings that fit: mesh, batch, microbatches, remat, on-chip memory"
-            sub.add_argument("--search", action="store_true", help=what)
-            sub.add_argument("--budget", type=_positive, metavar="MINUTES", help="with --search: begin nothing after")
-            sub.add_argument("--tried", metavar="FILE", help="with --search: keep what was tried, and go on from it")
+            what = "find the fastest that fits over mesh, batch, accumulate, remat, memory, or all of them"
+            sub.add_argument("--search", metavar="AXES", help=what)
+            sub.add_argument("--budget", type=_positive, metavar="MINUTES", help="try nothing new after so long")
+            sub.add_argument("--tried", metavar="FILE", help="keep what --search tried, and go on from it")
             sub.add_argument("--json", metavar="FILE", help="write the plan (with --search the fastest that fits)")
         elif name == "print-config":
             sub.add_argument("--fields", action="store_true", help="every key with its default and description")

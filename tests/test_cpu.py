@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 
 from jmlr_jax.config import Config
-from jmlr_jax.run.cpu import cpu_flags, slow_dtype
+from jmlr_jax.run.cpu import cpu_flags, slow_dtype, tell
 
-BOTH = "generator.llama.dtype=float32 retriever.bert.dtype=float32"
+LLAMA = "generator.llama.dtype=float32 generator.llama.param_dtype=float32"
+BERT = "retriever.bert.dtype=float32"
 
 
 @pytest.mark.parametrize(
     ("flags", "dtypes", "said"),
     [
-        ("avx2 fma", ("bfloat16", "bfloat16"), BOTH),
-        ("avx2 fma", ("bfloat16", "float32"), "generator.llama.dtype=float32"),
+        ("avx2 fma", ("bfloat16", "bfloat16"), f"{LLAMA} {BERT}"),
+        ("avx2 fma", ("float32", "bfloat16"), BERT),
         ("avx2 fma", ("float32", "float32"), None),
         ("avx512f amx_bf16", ("bfloat16", "bfloat16"), None),
         ("avx512_bf16", ("bfloat16", "bfloat16"), None),
@@ -26,9 +27,16 @@ BOTH = "generator.llama.dtype=float32 retriever.bert.dtype=float32"
 def test_bfloat16_is_told_where_the_cpu_has_no_instructions_for_it(
     flags: str, dtypes: tuple[str, str], said: str | None
 ) -> None:
-    given = {"generator": {"llama": {"dtype": dtypes[0]}}, "retriever": {"bert": {"dtype": dtypes[1]}}}
+    llama = {"dtype": dtypes[0], "param_dtype": dtypes[0]}
+    given = {"generator": {"llama": llama, "lora": {}}, "retriever": {"bert": {"dtype": dtypes[1]}}}
     found = slow_dtype(Config.model_validate(given), frozenset(flags.split()))
     assert found is None if said is None else found is not None and found.endswith(f"in a new run: {said}")
+
+
+def test_it_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        tell("slow here")
+    assert capsys.readouterr().err.count("slow here") == 1
 
 
 def test_flags_are_those_of_the_first_cpu(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from jmlr_jax.hf.follow import followed
 from jmlr_jax.parallel import distributed
 from jmlr_jax.parallel.distributed import gather, on_first
 from jmlr_jax.run.artifact import Recipe, artifact, check_files, refuse
-from jmlr_jax.run.cpu import slow_dtype
+from jmlr_jax.run.cpu import slow_dtype, tell
 from jmlr_jax.run.index import index_folder, keep_index
 from jmlr_jax.run.open import Run
 from jmlr_jax.run.phases import PHASES, chain
@@ -109,7 +109,7 @@ def train(run: Run, arm: str) -> None:
     """
     phases = chain(arm, warmup=run.cfg.train.warmup.steps > 0)
     if not all(is_trained(run, phase.name) for phase in phases) and (slow := slow_dtype(run.cfg)):
-        distributed.console().print(slow)
+        tell(slow)
     ask_memory(run, phases)
     for phase in phases:
         train_phase(run, phase, distributed.console())

@@ -71,7 +71,7 @@ class Prompts:
         return self.asked(question.question, question.options)
 
     def asked(self, text: str, options: Sequence[str] = ()) -> str:
-        """The same of a question that is in no data set."""
+        """The same, from a question's text and options alone."""
         fields = {"question": text, "last_sentence": last_sentence(text), "options": " ".join(options)}
         return self.retriever.query_template.format(**fields)
 

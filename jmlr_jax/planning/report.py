@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,12 +51,13 @@ def run(
     console, notes = distributed.console(out=True), distributed.console()
     known = None if lengths is None else lengths_of(lengths)
     flags: dict[str, str] = {}
-    if look.search:
-        found = Search(cfg, topology, look.tried, lambda one: notes.print(_trial_line(one)))
+    if look.axes is not None:
+        found = Search(cfg, topology, look, lambda one: notes.print(_trial_line(one)))
         try:
-            best = found.run(math.inf if look.budget is None else look.budget * 60)
+            best = found.run()
         finally:
-            print_search(found.ranked(), console)
+            if found.trials:
+                print_search(found.ranked(), console)
         console.print(Text(f"fastest: {best.words}"))
         cfg, flags = applied(cfg, best.settings)
     notes.print("compiling; minutes for a large model")
@@ -211,22 +211,19 @@ def print_search(trials: Sequence[Trial], console: Console) -> None:
     table = Table(*heads, "s a step", "MFU", "questions/h", title="search")
     for one in trials:
         s = one.settings
-        shape = " x ".join(str(s[f"mesh.{name}"]) for name in ("data", "fsdp", "tensor"))
-        memory = "not compiled" if one.used is None else f"{one.used / GIB:.1f}{'' if one.fits else ' does not fit'}"
         table.add_row(
-            *(shape, str(s["train.batch_size"]), str(s["train.accumulate"]), s["generator.llama.remat"]),
-            *(str(s[SCOPED] >> 10), memory),
+            " x ".join(str(s[f"mesh.{name}"]) for name in ("data", "fsdp", "tensor")),
+            *(str(s["train.batch_size"]), str(s["train.accumulate"]), s["generator.llama.remat"]),
+            *(str(s[SCOPED] >> 10), "" if one.used is None else f"{one.used / GIB:.1f}"),
             *("" if one.seconds is None else f"{one.seconds:.2f}", "" if one.mfu is None else f"{one.mfu:.0%}"),
-            f"{one.questions_an_hour:,.0f}" if one.fits else "",
+            f"{one.questions_an_hour:,.0f}" if one.why is None else "does not fit",
         )
     console.print(table)
 
 
 def _trial_line(one: Trial) -> Text:
-    time = (
-        f"{one.seconds:.2f} s, {one.questions_an_hour:,.0f} questions/h" if one.seconds and one.fits else "does not fit"
-    )
-    return Text(f"{one.words}: {time}")
+    said = f"{one.seconds:.2f} s, {one.questions_an_hour:,.0f} questions/h" if one.why is None else one.why
+    return Text(f"{one.words.partition(' jmlr run ')[2]} {SCOPED}={one.settings[SCOPED]}: {said}")
 
 
 def _gib(program: Program) -> dict[str, float]:

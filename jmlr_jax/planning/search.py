@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,13 +21,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
 
-from jmlr_jax import config_io
+import jax
+
 from jmlr_jax.config import Config
 from jmlr_jax.config_models import Remat
-from jmlr_jax.files import local_path
+from jmlr_jax.errors import first_line
+from jmlr_jax.files import local_path, write_text
 from jmlr_jax.nn.abstract import shard_bytes
-from jmlr_jax.parallel.libtpu import FLAGS
 from jmlr_jax.parallel.sharding import ShardingError, make_mesh
+from jmlr_jax.planning.chips import GIB
 from jmlr_jax.planning.plan import SPARE, make_plan, named_slice, slice_of
 from jmlr_jax.planning.programs import PlanError, step_program
 
@@ -40,17 +44,26 @@ class Look:
     """Whether to search, and how.
 
     Attributes:
-      budget: minutes after which nothing is begun; None goes on to the end.
+      axes: names of :data:`AXES`, with commas between, or ``all``; None does not search.
+      budget: minutes after which nothing new is tried; None goes on to the end.
       tried: file of earlier trials, read and added to; None keeps nothing.
     """
 
-    search: bool = False
+    axes: str | None = None
     budget: float | None = None
     tried: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.search and (self.budget or self.tried):
+        if self.axes is None and (self.budget or self.tried):
             raise PlanError("--budget and --tried are of a search; give --search too")
+        unknown = sorted({*self.names} - AXES.keys())
+        if unknown:
+            raise PlanError(f"--search {self.axes}: no axis {', '.join(unknown)}; there are {', '.join(AXES)}, and all")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The axes to search over."""
+        return tuple(AXES) if self.axes == "all" else tuple(self.axes.split(",")) if self.axes else ()
 
 
 @dataclass(frozen=True)
@@ -59,10 +72,10 @@ class Trial:
 
     Attributes:
       settings: as overrides, and the compiler's flag by its own name.
-      used, available: bytes of a chip; used is None where there was nothing to compile: weights and optimizer alone are
-        too many, or the batch does not divide.
-      seconds: of a step; None where it does not fit.
-      of: digest of all that decides the outcome.
+      used, available: bytes of a chip; used is None where nothing was compiled.
+      seconds: of a step; None where it was not compiled.
+      why: why there is no such step, or why it does not fit; None where it fits.
+      of: digest of what decides the outcome, the code of this package apart.
     """
 
     settings: Settings
@@ -70,17 +83,13 @@ class Trial:
     available: float
     seconds: float | None
     mfu: float | None
+    why: str | None
     of: str = field(repr=False)
-
-    @property
-    def fits(self) -> bool:
-        """Whether it fits with memory to spare."""
-        return self.seconds is not None and self.used is not None and self.used <= self.available * (1 - SPARE)
 
     @property
     def questions_an_hour(self) -> float:
         """0 where it does not fit."""
-        return self.settings["train.batch_size"] / self.seconds * 3600 if self.fits and self.seconds else 0.0
+        return self.settings["train.batch_size"] / self.seconds * 3600 if self.seconds and self.why is None else 0.0
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -89,10 +98,10 @@ class Trial:
 
     @property
     def words(self) -> str:
-        """The settings as a user would give them: overrides, and what stands before the command."""
-        flags = [f"--{name}={value}" for name, value in self.settings.items() if FLAGS.get(name, "") != str(value)]
-        before = [f"LIBTPU_INIT_ARGS={flag}" for flag in flags if "." not in flag]
-        return " ".join([*before, *(f"{name}={value}" for name, value in self.settings.items() if "." in name)])
+        """The settings as a command has them: what stands before it, and overrides."""
+        flags = " ".join(f"--{name}={value}" for name, value in self.settings.items() if "." not in name)
+        overrides = " ".join(f"{name}={value}" for name, value in self.settings.items() if "." in name)
+        return f"LIBTPU_INIT_ARGS='{flags}' jmlr run {overrides}"
 
 
 class Search:
@@ -100,70 +109,78 @@ class Search:
 
     Args:
       topology: as :func:`jmlr_jax.planning.plan.make_plan`.
-      tried: as in :class:`Look`.
+      look: axes, and the file of earlier trials.
       told: called with every trial as it ends.
 
     Raises:
       PlanError: no such slice, or a line of the file is no trial.
+      OSError: the file cannot be written.
     """
 
-    def __init__(
-        self, cfg: Config, topology: str | None, tried: str | None = None, told: Callable[[Trial], None] | None = None
-    ):
-        self.cfg, self.topology, self.told = cfg, named_slice(cfg, topology), told
+    def __init__(self, cfg: Config, topology: str | None, look: Look, told: Callable[[Trial], None] | None = None):
+        self.cfg, self.topology, self.look, self.told = cfg, named_slice(cfg, topology), look, told
         self.chip, self.devices = slice_of(self.topology)
-        self.file = None if tried is None else local_path(tried)
-        self.known = {} if self.file is None else _read(self.file)
+        self.file = None if look.tried is None else local_path(look.tried)
+        self.known = {} if self.file is None else _opened(self.file)
         self.trials: dict[str, Trial] = {}
 
-    def run(self, seconds: float = math.inf) -> Trial:
-        """Searches for about so long at most, a compilation that has begun being ended, and returns the best.
+    def run(self) -> Trial:
+        """Searches, and returns the best; a compilation that has begun is finished when the time is used up.
 
         Raises:
           PlanError: nothing that was tried fits.
         """
-        until = time.monotonic() + seconds
+        until = math.inf if self.look.budget is None else time.monotonic() + self.look.budget * 60
         best, changed = self._try(self._own()), True
         while changed:
             changed = False
-            for axis in (meshes, batches, pieces, remats, memories):
-                for change in axis(best.settings, len(self.devices)):
-                    if time.monotonic() > until:
-                        return self._fitting(best)
+            for axis in self.look.names:
+                for change in AXES[axis](best.settings, len(self.devices)):
+                    if time.monotonic() >= until:
+                        return self._fitting(best, "give it a longer --budget")
                     one = self._try(best.settings | change)
                     if one.rank > best.rank:
                         best, changed = one, True
-        return self._fitting(best)
+        return self._fitting(best, "take a larger slice, or more axes")
 
     def ranked(self) -> list[Trial]:
         """All that were tried, the fastest that fits first."""
         return sorted(self.trials.values(), key=lambda one: one.rank, reverse=True)
 
-    def _fitting(self, best: Trial) -> Trial:
-        if not best.fits:
-            raise PlanError(f"none of {len(self.trials)} settings fits with {SPARE:.0%} to spare: take a larger slice")
+    def _fitting(self, best: Trial, remedy: str) -> Trial:
+        if best.why is not None:
+            raise PlanError(f"none of {len(self.trials)} settings fits; the nearest: {best.why}; {remedy}")
         return best
 
     def _own(self) -> Settings:
-        """Where the search begins."""
-        mesh = make_mesh(self.cfg.mesh, self.devices).shape
+        """Where the search begins: the configuration's settings, on one axis of weights if its mesh is of another
+        slice, and the on-chip memory that a run would have now."""
+        try:
+            mesh = dict(make_mesh(self.cfg.mesh, self.devices).shape)
+        except ShardingError:
+            mesh = {"data": 1, "fsdp": len(self.devices), "tensor": 1}
         found: Settings = {f"mesh.{name}": mesh[name] for name in ("data", "fsdp", "tensor")}
-        found |= {"train.batch_size": self.cfg.train.batch_size, "train.accumulate": self.cfg.train.accumulate}
-        return found | {"generator.llama.remat": self.cfg.generator.llama.remat, SCOPED: int(FLAGS[SCOPED])}
+        train, rows = self.cfg.train, mesh["data"] * mesh["fsdp"]
+        found |= {"train.batch_size": train.batch_size, "train.accumulate": train.accumulate}
+        found |= {"eval.batch_size": _up(self.cfg.eval.batch_size, rows)}
+        found |= {"generator.llama.remat": self.cfg.generator.llama.remat}
+        given = re.search(rf"--{SCOPED}=(\d+)", os.environ.get("LIBTPU_INIT_ARGS", ""))
+        assert given is not None  # slice_of has set it
+        return found | {SCOPED: int(given[1])}
 
     def _try(self, settings: Settings) -> Trial:
         """What the compiler says of some settings, or said before."""
         cfg, flags = applied(self.cfg, settings)
-        versions = [metadata.version(name) for name in ("jax", "libtpu")]
-        asked = json.dumps([config_io.to_yaml(cfg), self.topology, flags, versions])
-        of = hashlib.sha256(asked.encode()).hexdigest()
+        parts = [cfg.retriever, cfg.generator, cfg.train, cfg.mesh.model_copy(update={"topology": self.topology})]
+        versions = [metadata.version(name) for name in ("jax", "libtpu", "jmlr_jax")]
+        rest = [flags, os.environ.get("LIBTPU_INIT_ARGS"), versions]
+        of = hashlib.sha256(json.dumps([*(part.model_dump(mode="json") for part in parts), *rest]).encode()).hexdigest()
         if of in self.trials:
             return self.trials[of]
         one = self.known.get(of)
         if one is None:
             one = self._compiled(cfg, flags, settings, of)
             if self.file is not None:
-                self.file.parent.mkdir(parents=True, exist_ok=True)
                 with self.file.open("a") as kept:
                     kept.write(json.dumps(asdict(one)) + "\n")
         self.trials[of] = one
@@ -172,72 +189,96 @@ class Search:
         return one
 
     def _compiled(self, cfg: Config, flags: dict[str, str], settings: Settings, of: str) -> Trial:
-        nothing = Trial(settings, None, self.chip.hbm, None, None, of)
+        def none(why: str) -> Trial:
+            return Trial(settings, None, self.chip.hbm, None, None, why, of)
+
+        if cfg.train.batch_size % cfg.train.accumulate:
+            return none(f"train.accumulate={cfg.train.accumulate} does not divide the batch")
         try:
-            if shard_bytes(step_program(cfg, make_mesh(cfg.mesh, self.devices)).arguments) > self.chip.hbm:
-                return nothing  # weights and optimizer alone are too many
+            held = shard_bytes(step_program(cfg, make_mesh(cfg.mesh, self.devices)).arguments)
+            if held > self.chip.hbm:
+                return none(f"weights, optimizer and batch alone take {held / GIB:.1f} GiB a chip")
             plan = make_plan(cfg, self.topology, whole=False, flags=flags)
-        except ShardingError:
-            return nothing
-        return Trial(settings, plan.step.used, plan.step.available, plan.seconds, plan.mfu, of)
+        except (ShardingError, jax.errors.JaxRuntimeError) as error:
+            return none(first_line(error))
+        step, why = plan.step, None
+        if not step.fits or step.spare < SPARE:
+            why = f"{step.used / GIB:.1f} of {step.available / GIB:.1f} GiB a chip, and {SPARE:.0%} should be spare"
+        return Trial(settings, step.used, step.available, plan.seconds, plan.mfu, why, of)
 
 
 def applied(cfg: Config, settings: Settings) -> tuple[Config, dict[str, str]]:
     """A configuration with settings of a search, and the compiler's flags among them."""
     flags = {name: str(value) for name, value in settings.items() if "." not in name}
-    raw = cfg.model_dump()
-    for name, value in settings.items():
-        *path, last = name.split(".")
-        if path:
-            node = raw
-            for part in path:
-                node = node[part]
-            node[last] = value
-    return Config.model_validate(raw), flags
+
+    def part(section: str) -> dict[str, Any]:
+        split = {tuple(name.rpartition(".")[::2]): value for name, value in settings.items()}
+        return {name: value for (of, name), value in split.items() if of == section}
+
+    llama = cfg.generator.llama.model_copy(update=part("generator.llama"))
+    changed = {name: getattr(cfg, name).model_copy(update=part(name)) for name in ("mesh", "train", "eval")}
+    return cfg.model_copy(update=changed | {"generator": cfg.generator.model_copy(update={"llama": llama})}), flags
 
 
-def _read(file: Path) -> dict[str, Trial]:
-    """Trials by digest; a line that a killed process left unfinished is passed over."""
-    if not file.exists():
-        return {}
-    *lines, _ = file.read_text().split("\n")
-    found = {}
+def _opened(file: Path) -> dict[str, Trial]:
+    """Trials by digest, of a file that can be added to; a line that a killed process left unfinished is taken away."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab"):
+        pass
+    lines, found = file.read_bytes().split(b"\n"), {}
+    if unfinished := lines.pop():
+        write_text(file, file.read_bytes().decode(errors="replace")[: -len(unfinished.decode(errors="replace"))])
     for number, line in enumerate(lines, 1):
         try:
             one = Trial(**json.loads(line))
-        except (ValueError, TypeError):
+            one.rank, one.words  # noqa: B018  # a trial whose settings are of another kind has neither
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise PlanError(f"{file}:{number}: no trial of a search; remove the line, or the file") from None
         found[one.of] = one
     return found
 
 
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
 # Axes: changes of the settings, each a dictionary; what does not divide is found out when it is tried.
 
 
-def meshes(settings: Settings, chips: int) -> Iterator[Settings]:
-    """Every mesh of the chips, those that shard the weights most first."""
+def _meshes(settings: Settings, chips: int) -> Iterator[Settings]:
+    """Every mesh of the chips, those that shard the weights most first; evaluation's batch goes along."""
     for tensor in (t for t in range(1, chips + 1) if chips % t == 0):
         for data in (d for d in range(1, chips // tensor + 1) if chips // tensor % d == 0):
-            yield {"mesh.data": data, "mesh.fsdp": chips // tensor // data, "mesh.tensor": tensor}
+            found = {"mesh.data": data, "mesh.fsdp": chips // tensor // data, "mesh.tensor": tensor}
+            yield found | {"eval.batch_size": _up(settings["eval.batch_size"], chips // tensor)}
 
 
-def batches(settings: Settings, chips: int) -> Iterator[Settings]:
+def _batches(settings: Settings, chips: int) -> Iterator[Settings]:
     """Questions of a step, so many for each group of chips that shares a question."""
     for each in PER_CHIP:
         yield {"train.batch_size": each * settings["mesh.data"] * settings["mesh.fsdp"]}
 
 
-def pieces(settings: Settings, chips: int) -> Iterator[Settings]:
+def _pieces(settings: Settings, chips: int) -> Iterator[Settings]:
     """Numbers of microbatches that divide the batch."""
     size = settings["train.batch_size"]
     yield from ({"train.accumulate": count} for count in range(1, size + 1) if size % count == 0)
 
 
-def remats(settings: Settings, chips: int) -> Iterator[Settings]:
+def _remats(settings: Settings, chips: int) -> Iterator[Settings]:
     """What the decoder's backward pass computes again."""
     yield from ({"generator.llama.remat": kind} for kind in get_args(Remat))
 
 
-def memories(settings: Settings, chips: int) -> Iterator[Settings]:
+def _memories(settings: Settings, chips: int) -> Iterator[Settings]:
     """On-chip memory for one operation."""
     yield from ({SCOPED: size} for size in MEMORIES)
+
+
+AXES: dict[str, Callable[[Settings, int], Iterator[Settings]]] = {
+    "mesh": _meshes,
+    "batch": _batches,
+    "accumulate": _pieces,
+    "remat": _remats,
+    "memory": _memories,
+}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import jax
 
 from jmlr_jax.config import Config
+from jmlr_jax.parallel.distributed import console
 
 NARROW = frozenset({"amx_bf16", "avx512_bf16"})  # a CPU without either widens every bfloat16 operand first
 
@@ -20,14 +22,24 @@ def slow_dtype(cfg: Config, flags: frozenset[str] | None = None) -> str | None:
     if jax.default_backend() != "cpu":
         return None
     have = cpu_flags() if flags is None else flags
-    narrow = {"generator.llama": cfg.generator.llama.dtype, "retriever.bert": cfg.retriever.bert.dtype}
-    asked = [f"{name}.dtype=float32" for name, dtype in narrow.items() if dtype == "bfloat16"]
+    llama, bert = cfg.generator.llama, cfg.retriever.bert
+    dtypes = {"generator.llama": (llama.dtype, llama.param_dtype), "retriever.bert": (bert.dtype, bert.param_dtype)}
+    asked = []
+    for name, (dtype, stored) in dtypes.items():
+        if dtype == "bfloat16":
+            asked += [f"{name}.dtype=float32"] + [f"{name}.param_dtype=float32"] * (stored == "bfloat16")
     if not have or have & NARROW or not asked:
         return None
     return (
         "this CPU has no instructions for bfloat16 (amx_bf16, avx512_bf16); float32 is faster on it, in a new run: "
         + " ".join(asked)
     )
+
+
+@cache
+def tell(line: str) -> None:
+    """Prints a line, once a process however many arms and seeds it trains."""
+    console().print(line)
 
 
 def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
