@@ -225,9 +225,8 @@ def _opened(file: Path) -> dict[str, Trial]:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab"):
         pass
-    lines, found = file.read_bytes().split(b"\n"), {}
-    if unfinished := lines.pop():
-        write_text(file, file.read_bytes().decode(errors="replace")[: -len(unfinished.decode(errors="replace"))])
+    *lines, unfinished = file.read_bytes().split(b"\n")
+    found = {}
     for number, line in enumerate(lines, 1):
         try:
             one = Trial(**json.loads(line))
@@ -235,6 +234,8 @@ def _opened(file: Path) -> dict[str, Trial]:
         except (ValueError, TypeError, KeyError, AttributeError):
             raise PlanError(f"{file}:{number}: no trial of a search; remove the line, or the file") from None
         found[one.of] = one
+    if unfinished:
+        write_text(file, "".join(line.decode() + "\n" for line in lines))
     return found
 
 
