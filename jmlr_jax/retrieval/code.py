@@ -128,7 +128,7 @@ def fit_code(sample_TxC: np.ndarray, bits: float, tokens: int, seed: int) -> Tok
     tokens_G = np.bincount(id_T, minlength=count)
     dim = fed.shape[1]
     # A centroid with few tokens of its own leans on the mean of all.
-    typical = energy_G.sum() / max(1, tokens_G.sum())
+    typical = energy_G.sum() / max(1, int(tokens_G.sum()))
     scale_G = np.sqrt(np.maximum((energy_G + typical) / (tokens_G + 1) / dim, 1e-8)).astype(np.float32)
     scaled_TxC = residual_TxC / scale_G[id_T, None]
     _, components = np.linalg.eigh((scaled_TxC.T @ scaled_TxC / len(scaled_TxC)).astype(np.float64))

@@ -156,7 +156,8 @@ def rounded(tiles: int) -> int:
 
 def trimmed(q_NxQxC: np.ndarray) -> np.ndarray:
     """Questions float32 without the columns in which none has a token, but for rounding up to :data:`QUERY_STEP`."""
-    tokens = int(np.flatnonzero(np.any(q_NxQxC != 0, axis=(0, 2))).max(initial=0)) + 1
+    present = np.flatnonzero(np.any(q_NxQxC != 0, axis=(0, 2)))
+    tokens = int(present[-1]) + 1 if present.size else 1
     return np.asarray(q_NxQxC[:, : -(-tokens // QUERY_STEP) * QUERY_STEP], np.float32)
 
 
