@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("words", nargs="*", help="names of presets (default: all with a slice) and key=value")
     parser.add_argument("--step-only", action="store_true", help="leave out the encoding and evaluation programs")
     parser.add_argument("--headers", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     jax.config.update("jax_platforms", "cpu")
     args.out.mkdir(parents=True, exist_ok=True)
     overrides = [word for word in args.words if "=" in word]

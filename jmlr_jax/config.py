@@ -186,6 +186,10 @@ class TrainConfig(Strict):
         description="passages are judged by an exponential average of the generator that forgets 1 - this a step; 0: "
         "by the generator itself, as in the paper; 1: by the generator as the phase began",
     )
+    judge_int8: bool = Field(
+        False,
+        description="judging multiplies in int8: weights are rounded by output channel, activations by token",
+    )
     probe_questions: int = Field(
         32, ge=0, description="dev questions with gold passages that the judge is tried on; 0: none"
     )

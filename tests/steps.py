@@ -37,6 +37,7 @@ def spec(
         "rank_weight": 1.0,
         "accumulate": 1,
         "judge_decay": 0.0,
+        "judge_int8": False,
     } | train
     settings = {"pack": ()} | settings
     return StepSpec(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmlr_jax.nn.products import contract, product
+from jmlr_jax.nn.products import contract, contract_int8, product, quantise
 
 SPECS = {"ab,bc->ac": ((3, 40), (40, 5)), "btgre,bsge->bgrts": ((2, 3, 2, 2, 8), (2, 4, 2, 8))}
 
@@ -50,3 +50,31 @@ def test_float32_is_a_plain_einsum():
 def test_contract_takes_the_last_axes_with_the_first():
     x, w = jnp.ones((2, 3, 4, 5)), jnp.arange(120.0).reshape(4, 5, 6)
     np.testing.assert_allclose(contract(x, w, 2), jnp.tensordot(x, w, 2))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_int8_products_sum_exactly_what_was_rounded(dtype):
+    """Rows and columns of very different sizes: each has its own scale."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = (jax.random.normal(keys[0], (2, 3, 4, 50)) * jnp.array([1e-3, 1.0, 1e3])[:, None, None]).astype(dtype)
+    w = jax.random.normal(keys[1], (4, 50, 2, 3)) * jnp.array([[1e-3, 1.0, 1e3], [1.0, 1.0, 5.0]])
+    values, scale = quantise(w, (0, 1))
+    assert values.dtype == jnp.int8 and scale.shape == (1, 1, 2, 3) and int(jnp.abs(values).max()) == 127
+    got = contract_int8(x, values, scale, 2)
+    assert got.dtype == dtype and got.shape == (2, 3, 2, 3)
+
+    x_int8, of_row = (np.asarray(part) for part in quantise(x, (2, 3)))
+    sums = np.tensordot(x_int8.astype(np.int64), np.asarray(values).astype(np.int64), 2)
+    want = sums * of_row * np.asarray(scale).reshape(2, 3)
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=1e-5 if dtype == jnp.float32 else 1e-2)
+    near = np.tensordot(np.asarray(x, np.float32), np.asarray(w), 2)
+    np.testing.assert_allclose(want, near, atol=0.02 * np.abs(near).max(axis=(0, 1, 3), keepdims=True).max())
+    relative = np.abs(want - near).max(axis=0) / np.abs(near).max(axis=0)
+    assert relative.max() < 0.05, "each row and each column to its own size"
+
+
+def test_int8_products_are_of_int8():
+    x, (values, scale) = jnp.ones((3, 40)), quantise(jnp.ones((40, 5)), (0,))
+    text = jax.jit(lambda x: contract_int8(x, values, scale, 1)).lower(x).as_text()
+    (kinds,) = [line.split(" : ")[-1] for line in text.splitlines() if "dot_general" in line]
+    assert kinds.split("->")[0].count("xi8>") == 2 and "xi32>" in kinds.split("->")[1]

@@ -287,6 +287,29 @@ def test_on_eight_devices_it_compiles_once_donates_and_equals_one_device() -> No
     close(jax.device_get(state["params"]), single["params"], atol=1e-4)
 
 
+def test_judging_in_int8_changes_the_judgements_a_little_and_nothing_else() -> None:
+    """Reading and its gradients are the same to the bit, the retriever's are near; packed judging rounds the same."""
+    of, params, still = batch(8), weights() | {"generator": adapters()}, frozen() | {"base": weights()["generator"]}
+
+    def made(**settings: Any) -> StepSpec:
+        return spec(lora=LORA, rank_loss="kl", **settings)
+
+    (_, plain), gradients = losses(made())(params, still, of, KEY)
+    (_, rounded), others = losses(made(judge_int8=True))(params, still, of, KEY)
+    assert rounded["loss/answer"] == plain["loss/answer"]
+    close(others["generator"], gradients["generator"], atol=0)
+    assert rounded["loss/rank"] != plain["loss/rank"]
+    assert float(rounded["loss/rank"]) == pytest.approx(float(plain["loss/rank"]), rel=0.2)
+    taken = jnp.ones((8, M), bool)
+    arguments = still | params, of, jnp.tile(jnp.arange(M), (8, 1)), taken
+    one, other, packed = (
+        np.asarray(jax.jit(partial(judge, made(**settings)))(*arguments))
+        for settings in ({}, {"judge_int8": True}, {"judge_int8": True, "pack": (0.9,)})
+    )
+    assert 1e-4 < np.abs(one - other).max() < 0.2 * np.abs(one).max()
+    np.testing.assert_allclose(packed, other, rtol=1e-4)
+
+
 # ---------------------------------------------------------------- no label of a passage
 
 

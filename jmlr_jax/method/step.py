@@ -48,7 +48,7 @@ class StepSpec:
       rank_loss, help_margin, rank_weight: as in ``TrainConfig``.
       accumulate: microbatches a step.
       judge_decay: as in ``TrainConfig``; 0 where the generator does not learn.
-      pack: as in ``TrainConfig``.
+      judge_int8, pack: as in ``TrainConfig``.
       max_length: T, tokens of a reading prompt with its answer, at most.
       bos_id, pad_id: of the generator's tokenizer; under a chat template the former is its whole opening.
     """
@@ -65,6 +65,7 @@ class StepSpec:
     rank_weight: float
     accumulate: int
     judge_decay: float
+    judge_int8: bool
     pack: tuple[float, ...]
     max_length: int
     bos_id: Begin
@@ -115,7 +116,14 @@ def reading_prompt(spec: StepSpec, batch: Batch) -> Prompt:
 
 @jax.named_scope("read")
 def answer_losses(
-    spec: StepSpec, weights: Weights, batch: Batch, prompt: Prompt, dropout_key: Array | None, places: int | None = None
+    spec: StepSpec,
+    weights: Weights,
+    batch: Batch,
+    prompt: Prompt,
+    dropout_key: Array | None,
+    places: int | None = None,
+    *,
+    int8: bool = False,
 ) -> Array:
     """method.md, steps 4 and 6: mean answer loss of each question after its prompt, ``nll_B`` float32, nats per token.
 
@@ -123,6 +131,7 @@ def answer_losses(
       weights: ``generator``, and ``base`` under adapters.
       dropout_key: None turns dropout off, as judging needs it (method.md, fault 6).
       places: how many the prompts are packed into; None packs nothing.
+      int8: of :func:`jmlr_jax.nn.functional.llama_hidden`.
     """
     base, adapters = weights["generator"], None
     if spec.lora is not None:
@@ -130,7 +139,7 @@ def answer_losses(
         adapters = lora.bind(weights["generator"], spec.lora, dropout_key)
     tokens_BxT, length_B, _ = prompt
     answer_BxA, answer_len_B = batch["answer_ids_BxA"], batch["answer_len_B"]
-    hidden_BxTxD = llama_hidden(base, spec.llama, tokens_BxT, length_B, adapters=adapters, places=places)
+    hidden_BxTxD = llama_hidden(base, spec.llama, tokens_BxT, length_B, adapters=adapters, places=places, int8=int8)
     # The head is applied only where an answer token is predicted, one position before it.
     place_BxA = (length_B - answer_len_B)[:, None] + jnp.arange(answer_BxA.shape[1]) - 1
     place_BxA = jnp.clip(place_BxA, 0, tokens_BxT.shape[1] - 1)
@@ -169,7 +178,7 @@ def judge(spec: StepSpec, weights: Weights, batch: Batch, index_BxM: Array, take
     alone["reader_ids_BxKxL"] = chosen["reader_ids_BxKxL"].reshape(B * M, 1, -1)
     alone["reader_len_BxK"] = chosen["reader_len_BxK"].reshape(B * M, 1)
     prompt, plain = reading_prompt(spec, alone), replace(spec, lora=None)
-    losses = partial(answer_losses, plain, {"generator": judging}, alone, prompt, None)
+    losses = partial(answer_losses, plain, {"generator": judging}, alone, prompt, None, int8=spec.judge_int8)
     nll_N: Array = in_fewest_places(losses, spec.pack, prompt[1], prompt[0].shape[1])
     return jax.lax.stop_gradient(nll_N.reshape(B, M))
 

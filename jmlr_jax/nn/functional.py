@@ -70,6 +70,7 @@ def llama_hidden(
     *,
     adapters: Adapters | None = None,
     places: int | None = None,
+    int8: bool = False,
 ) -> jax.Array:
     """Hidden states BxTxD after the final norm, in cfg.dtype.
 
@@ -80,13 +81,15 @@ def llama_hidden(
         places: compute for so many places, which the real tokens share end to end, instead of for B x T, with equal
             results. On a mesh it is those of each device that has rows of its own; at least
             :func:`jmlr_jax.nn.packing.fullest`.
+        int8: the projections of all layers round both sides of their products to int8
+            (:func:`jmlr_jax.nn.products.quantise`); then there are no adapters and no gradients.
 
     Returns:
         Position t sees tokens 0..t (in layers with a window W: the last W of them). Zero from `length_B` on.
     """
     start_B = jnp.zeros_like(length_B)
     packing = None if places is None else Packing.of(length_B, tokens_BxT.shape[1], places)
-    return _model(cfg, params)(tokens_BxT, length_B, start_B, None, adapters, packing)[0]
+    return _model(cfg, params)(tokens_BxT, length_B, start_B, None, adapters, packing, int8)[0]
 
 
 def llama_logits(params: Params, cfg: LlamaConfig, hidden: jax.Array, *, adapters: Adapters | None = None) -> jax.Array:

@@ -17,7 +17,7 @@ from flax import nnx
 
 from jmlr_jax.config_models import Remat
 from jmlr_jax.nn import attention
-from jmlr_jax.nn.products import contract
+from jmlr_jax.nn.products import contract, contract_int8, quantise
 from jmlr_jax.parallel.sharding import gather
 
 Params = dict[str, Any]
@@ -205,9 +205,21 @@ def _mixed(x: jax.Array) -> jax.Array:
 
 
 def project(
-    x: jax.Array, w: nnx.Param[jax.Array], n_in: int = 1, name: str = "", adapters: Adapters | None = None
+    x: jax.Array,
+    w: nnx.Param[jax.Array],
+    n_in: int = 1,
+    name: str = "",
+    adapters: Adapters | None = None,
+    int8: bool = False,
 ) -> jax.Array:
-    """Contract the last `n_in` axes of x with the first `n_in` of w in x's dtype, plus the adapter of `name`."""
+    """Contract the last `n_in` axes of x with the first `n_in` of w in x's dtype, plus the adapter of `name`.
+
+    With `int8` both sides are rounded to int8 first, and nothing has a gradient.
+    """
+    if int8:
+        assert adapters is None
+        values, scale = quantise(w[...], tuple(range(n_in)))
+        return contract_int8(x, gather(values, w.axes[-values.ndim :]), scale, n_in)
     # Cast before it is gathered: half the bytes travel. Within a stack the names include the layer axis, the value not.
     weight = gather(w[...].astype(x.dtype), w.axes[-w[...].ndim :])
     y = contract(x, weight, n_in)

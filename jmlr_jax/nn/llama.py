@@ -79,6 +79,7 @@ class LlamaLayer(nnx.Module):
         cache: Params | None,
         adapters: Adapters | None,
         packing: Packing | None,
+        int8: bool,
     ) -> tuple[jax.Array, Params | None]:
         """One layer on x BxTxD; `cache` holds keys and values BxSxGxE by position and comes back with these added.
 
@@ -89,7 +90,7 @@ class LlamaLayer(nnx.Module):
         rope, seen = kind
         scale = None if cfg.query_pre_attn_scalar is None else cfg.query_pre_attn_scalar**-0.5
         h = norm(x, self.attn_norm)
-        q, k, v = (project(h, getattr(self, name), 1, name, adapters) for name in "qkv")
+        q, k, v = (project(h, getattr(self, name), 1, name, adapters, int8) for name in "qkv")
         if cfg.qkv_bias:
             q, k, v = (y + b[...].astype(y.dtype) for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
         if cfg.qk_norm:
@@ -108,13 +109,13 @@ class LlamaLayer(nnx.Module):
             heads = attend(q, k, v, causal=True, scale=scale, **seen)
             if packing is not None:
                 heads = packing.pack(heads)
-        out = project(heads, self.o, 2, "o", adapters)
+        out = project(heads, self.o, 2, "o", adapters, int8)
         x = x + (norm(out, self.attn_out_norm) if gemma else out)
         h = norm(x, self.mlp_norm)
-        gate, up = (project(h, getattr(self, name), 1, name, adapters) for name in ("gate", "up"))
+        gate, up = (project(h, getattr(self, name), 1, name, adapters, int8) for name in ("gate", "up"))
         gate, up = checkpoint_name(gate, MLP), checkpoint_name(up, MLP)
         act = partial(jax.nn.gelu, approximate=True) if gemma else jax.nn.silu
-        out = project(act(gate) * up, self.down, 1, "down", adapters)
+        out = project(act(gate) * up, self.down, 1, "down", adapters, int8)
         x = x + (norm(out, self.mlp_out_norm) if gemma else out)
         return constrain(x, *HIDDEN), cache
 
@@ -146,12 +147,13 @@ class Llama(nnx.Module):
         cache: Params | None,
         adapters: Adapters | None,
         packing: Packing | None = None,
+        int8: bool = False,
     ) -> tuple[jax.Array, Params | None]:
         """Final-normed hidden states BxTxD of tokens at positions ``start + 0 .. start + T - 1``.
 
         `length_B` counts a row's real tokens from position 0 on. Padding stands after them, so causality alone hides
         it from every real token; its own outputs are set to zero. With `packing` there is no cache, and no work for
-        padding outside attention.
+        padding outside attention; with `int8` the projections multiply in it.
         """
         cfg = self.cfg
         position_BxT = start_B[:, None] + jnp.arange(tokens_BxT.shape[1])
@@ -169,7 +171,7 @@ class Llama(nnx.Module):
         def body(layer: LlamaLayer, x: jax.Array, inputs: tuple) -> tuple[jax.Array, Params | None]:
             narrow, cache, adapter = inputs
             bound = None if adapters is None else adapters.at_layer(adapter)
-            return layer(x, position_BxT, kinds.of_layer(narrow), cache, bound, packing)
+            return layer(x, position_BxT, kinds.of_layer(narrow), cache, bound, packing, int8)
 
         x, cache = scan_layers(self.layers, x, inputs, body, cfg.remat)
         x = norm_of(cfg)(x, self.final_norm)

@@ -1,4 +1,4 @@
-"""Matrix products in a narrow dtype that accumulate in float32, forwards and backwards."""
+"""Matrix products in a narrow dtype: of floats, accumulated in float32, forwards and backwards; of int8, forwards."""
 
 from __future__ import annotations
 
@@ -35,6 +35,31 @@ def contract(x: jax.Array, w: jax.Array, n_in: int) -> jax.Array:
     mine = LETTERS[: x.ndim]
     own = LETTERS[x.ndim - n_in : x.ndim - n_in + w.ndim]
     return product(f"{mine},{own}->{mine[: x.ndim - n_in]}{own[n_in:]}", x, w)
+
+
+def quantise(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """int8 values and float32 scales whose product is near x: symmetric, a scale for all that differs outside `axes`.
+
+    >>> values, scale = quantise(jnp.array([[1.0, -2.0], [0.0, 0.0]]), (1,))
+    >>> values.tolist(), (values * scale).round(2).tolist()
+    ([[64, -127], [0, 0]], [[1.01, -2.0], [0.0, 0.0]])
+    """
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+    scale = jnp.where(largest > 0, largest, 1.0) / 127
+    return jnp.round(x / scale).astype(jnp.int8), scale
+
+
+def contract_int8(x: jax.Array, w_int8: jax.Array, scale: jax.Array, n_in: int) -> jax.Array:
+    """:func:`contract` with w as :func:`quantise` gives it over its first `n_in` axes, x rounded row by row.
+
+    Sums of the int8 products are exact. There is no gradient.
+    """
+    own = tuple(range(x.ndim - n_in, x.ndim))
+    x_int8, of_row = quantise(x, own)
+    sums = jax.lax.dot_general(x_int8, w_int8, ((own, tuple(range(n_in))), ((), ())), preferred_element_type=jnp.int32)
+    of_row = of_row.reshape(*x.shape[: x.ndim - n_in], *[1] * (w_int8.ndim - n_in))
+    return (sums.astype(jnp.float32) * of_row * scale.reshape(scale.shape[n_in:])).astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

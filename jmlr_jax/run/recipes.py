@@ -100,7 +100,7 @@ def phase_recipe(cfg: Config, fingerprints: Mapping[str, str], phase: Phase, ear
     else:
         used += ["steps"] + ["generator"] * phase.read + ["read_passages"] * (phase.passages != "none")
     if phase.rank:
-        used += RANKING + ("judge_decay",) * phase.read
+        used += RANKING + ("judge_decay",) * phase.read + ("judge_int8",) * train.judge_int8
     if phase.passages == "live":
         used += LIVE
     if cfg.eval.checkpoint == "best":

@@ -80,6 +80,7 @@ def phase_program(
         rank_weight=train.rank_weight,
         accumulate=train.accumulate,
         judge_decay=train.judge_decay if phase.rank and phase.read else 0.0,
+        judge_int8=train.judge_int8 and phase.rank,
         pack=train.pack,
         max_length=cfg.generator.max_length,
         bos_id=ids.begin,
