@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 
 from jmlr_jax.config import Config
-from jmlr_jax.run.artifact import RECORD, ArtifactError, Recipe, artifact, changes, refuse
+from jmlr_jax.run.artifact import RECORD, ArtifactError, Recipe, artifact, changes, making, refuse
 from jmlr_jax.run.phases import PHASES
 from jmlr_jax.run.recipes import data_recipe, evaluation_recipe, index_recipe, phase_recipe
 
@@ -66,6 +68,33 @@ def test_what_fails_leaves_what_was_there(recipe):
     with pytest.raises(OSError, match="No space"):
         artifact(dataclasses.replace(recipe, keys={}), fails)
     assert changes(recipe) == [] and (recipe.folder / "text").read_text() == "one"
+    assert [path.name for path in recipe.folder.parent.iterdir()] == ["made"]
+
+
+MAKES = """
+import sys, time
+from pathlib import Path
+from jmlr_jax.run.artifact import Recipe, artifact
+def make(folder):
+    (folder / "text").write_text("half")
+    print("making", flush=True)
+    time.sleep(600)
+artifact(Recipe(Path(sys.argv[1]), {"train.steps": 3}, {"corpus": "abc"}), make)
+"""
+
+
+def test_two_processes_do_not_make_the_same(recipe):
+    """The second is refused and leaves the first alone; once that is killed, another makes it."""
+    with subprocess.Popen([sys.executable, "-c", MAKES, str(recipe.folder)], stdout=subprocess.PIPE, text=True) as one:
+        try:
+            assert one.stdout.readline() == "making\n"
+            for attempt in (lambda: artifact(recipe, write("two")), lambda: making(recipe.folder).__enter__()):
+                with pytest.raises(ArtifactError, match=f"{recipe.folder}: another process is making it; wait"):
+                    attempt()
+            assert (recipe.folder.with_name(".made.part") / "text").read_text() == "half"
+        finally:
+            one.kill()
+    assert artifact(recipe, write("two")) and (recipe.folder / "text").read_text() == "two"
     assert [path.name for path in recipe.folder.parent.iterdir()] == ["made"]
 
 

@@ -126,7 +126,9 @@ def test_any_number_of_processes_can_ask_their_index(one, two, tmp_path, capsys,
     assert len(by_two) == 7 and all(f"\n{rank}. " in first for rank in range(2, 8))
     for other in (by_one, whole):
         assert [line[:4] for line in other] == [line[:4] for line in by_two]
-        assert [float(line[4]) for line in other] == pytest.approx([float(line[4]) for line in by_two], rel=SAME_DEVICES)
+        assert [float(line[4]) for line in other] == pytest.approx(
+            [float(line[4]) for line in by_two], rel=SAME_DEVICES
+        )
 
 
 def test_their_evaluation_and_report_are_those_of_one_process(one, two):

@@ -10,10 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from jmlr_jax.errors import JmlrError
 from jmlr_jax.files import digest, write_text
@@ -173,7 +176,7 @@ def artifact(recipe: Recipe, make: Callable[[Path], None], said: Callable[[str],
       Whether it was made now.
 
     Raises:
-      ArtifactError: what is there is damaged.
+      ArtifactError: what is there is damaged, or another process is making it.
       OSError: the disk; what was there before stays.
     """
     differ = _changes(recipe)
@@ -185,25 +188,59 @@ def artifact(recipe: Recipe, make: Callable[[Path], None], said: Callable[[str],
     return True
 
 
+@contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """While this is open, no other process makes what lies in `folder`. One that is killed lets go of it.
+
+    Its parent is made where it is not there, and is gone again after an error if nothing else is in it.
+
+    Raises:
+      ArtifactError: another process is making it.
+    """
+    fresh = [parent for parent in folder.parents if not parent.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file = folder.with_name(f".{folder.name}.lock")
+    lock = FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ArtifactError(
+            f"{folder}: another process is making it; wait until that one has ended, or give another --run-dir"
+        ) from None
+    except NotImplementedError:  # a mount without locks
+        yield
+        return
+    try:
+        yield
+    except BaseException:
+        file.unlink(missing_ok=True)
+        for parent in fresh:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+    else:
+        file.unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
 def _make(recipe: Recipe, make: Callable[[Path], None]) -> None:
     folder = recipe.folder
     part, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
-    for left in (part, old):  # of a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    fresh = [parent for parent in part.parents if not parent.exists()]
-    part.mkdir(parents=True)
-    try:
-        make(part)
-        recipe.write(part, listed(part))
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        for parent in fresh:
-            parent.rmdir()
-        raise
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with making(folder):
+        for left in (part, old):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        part.mkdir()
+        try:
+            make(part)
+            recipe.write(part, listed(part))
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 _ABSENT = object()

@@ -19,7 +19,7 @@ from jmlr_jax.retrieval.encode import encode_passages_batched, encode_queries_ba
 from jmlr_jax.retrieval.shards import Shards, best_of_all, shard_fingerprint, shard_folder, shard_rows
 from jmlr_jax.retrieval.store import Index, IndexUnusable, open_index, params_fingerprint, passage_digests
 from jmlr_jax.retrieval.vectors import TokenVectors, drawn_rows
-from jmlr_jax.run.artifact import RECORD, Recipe
+from jmlr_jax.run.artifact import RECORD, Recipe, making
 from jmlr_jax.run.open import DataError, Run
 from jmlr_jax.run.recipes import index_recipe
 
@@ -109,6 +109,9 @@ def keep_index(run: Run, name: str, retriever: Any, said: Callable[[str], object
     Args:
       retriever: of :func:`jmlr_jax.parallel.placement.local_arrays`.
       said: takes a line for each difference from an index that is replaced.
+
+    Raises:
+      ArtifactError: another process is making it.
     """
     folder = index_folder(run, name)
     recipe = index_recipe(run.cfg, run.fingerprints, folder, params_fingerprint(jax.device_get(retriever)))
@@ -116,11 +119,12 @@ def keep_index(run: Run, name: str, retriever: Any, said: Callable[[str], object
     differ = None if made is None else recipe.differences(made)
     for line in differ or ():
         said(f"{folder}: made again, {line}")
-    ((_, index),) = retriever_index(run, retriever, keep=True).held
-    if differ != [] or not index.card.state.name:
-        (folder / RECORD).unlink(missing_ok=True)  # until the new one is whole, none is found by its recipe
-        index.save(folder)
-        recipe.write()
+    with making(folder):
+        ((_, index),) = retriever_index(run, retriever, keep=True).held
+        if differ != [] or not index.card.state.name:
+            (folder / RECORD).unlink(missing_ok=True)  # until the new one is whole, none is found by its recipe
+            index.save(folder)
+            recipe.write()
     return index
 
 

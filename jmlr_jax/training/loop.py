@@ -6,7 +6,7 @@ import hashlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from jmlr_jax.errors import JmlrError
 from jmlr_jax.method.step import live_retriever
 from jmlr_jax.parallel.distributed import Stop, from_first, on_first
 from jmlr_jax.parallel.placement import addressable_rows, local_arrays, place_batch, replicate
-from jmlr_jax.run.artifact import Recipe
+from jmlr_jax.run.artifact import Recipe, making
 from jmlr_jax.run.candidates import Candidates, fixed_table, kept_tables
 from jmlr_jax.run.checks import checksums, file_sum
 from jmlr_jax.run.open import DataError, Run, Weights
@@ -81,15 +81,16 @@ def train_phase(run: Run, phase: Phase, console: Console) -> Path:
     """Trains a phase to its end and returns the directory of its final weights; a finished phase is left alone.
 
     Raises:
-      ArtifactError: it was begun with other values or on other data.
+      ArtifactError: it was begun with other values or on other data; or another process is training it.
       TrainingStopped: SIGTERM came (a checkpoint was saved), or too many updates in a row were not finite.
     """
     folder = phase_folder(run, phase.name)
-    begin(run, phase)
-    if is_trained(run, phase.name):
-        return folder / "weights"
-    with jax.set_mesh(run.mesh), run.timed("train"), costed(run, phase):
-        _train(run, phase, folder, console)
+    with ExitStack() as held:
+        on_first(lambda: held.enter_context(making(folder)))
+        begin(run, phase)
+        if not is_trained(run, phase.name):
+            with jax.set_mesh(run.mesh), run.timed("train"), costed(run, phase):
+                _train(run, phase, folder, console)
     return folder / "weights"
 
 
