@@ -1,6 +1,6 @@
 """Whether cheaper judgements rank passages as full ones do: in int8, and of an earlier reader.
 
-    PYTHONPATH=benchmarks python benchmarks/cheaper_judging.py RUN [--phase jmlr] [--questions 64] [--json FILE]
+    python benchmarks/cheaper_judging.py RUN [--phase jmlr] [--questions 64] [--json FILE]
 
 RUN is the directory of one seed. The generator as it stood at each kept checkpoint of the phase (keep more of them with
 ``train.keep_last``), and before its first step, judges dev questions with the passages of the judge's probe: the right
@@ -18,49 +18,49 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from exported import opened
 from scipy.stats import kendalltau
 
-from jmlr_jax.config_io import load
+from jmlr_jax.method.losses import counted_pairs
 from jmlr_jax.run.open import Run
 from jmlr_jax.run.phases import PHASES
-from jmlr_jax.run.weights import phase_folder
+from jmlr_jax.run.weights import phase_folder, phase_weights
 from jmlr_jax.training.probe import JudgeProbe, on_dev
-from jmlr_jax.training.program import phase_program
+from jmlr_jax.training.program import PhaseProgram, phase_program
 
 
 def readers(run: Run, phase: str) -> dict[int, Any]:
     """Steps of the phase and the generator's weights there; of step 0 those it began with."""
     kept = phase_folder(run, phase) / "checkpoints"
     steps = sorted(int(path.name) for path in kept.iterdir() if path.name.isdigit())
-    found = {0: run.initial_weights()["generator"]}
+    found = {0: phase_weights(run, PHASES[phase])["generator"]}
     for step in steps:
         tree = ocp.StandardCheckpointer().restore((kept / str(step) / "state").absolute())
         found[step] = tree["params"]["generator"]
     return found
 
 
-def judgements(run: Run, generator: Any, int8: bool) -> np.ndarray:
-    """``nll_PxK`` of the probe's passages, NaN where there is none."""
+def judge(run: Run, int8: bool) -> PhaseProgram:
+    """What judges, in int8 or in full; compiled once for all readers."""
     train = run.cfg.train.model_copy(update={"judge_int8": int8})
     cfg, ids = run.cfg.model_copy(update={"train": train}), run.prepared.generator_ids
-    program = phase_program(cfg, PHASES["separate_retriever"], run.retriever, run.llama, ids, train.steps, run.mesh)
-    probe = JudgeProbe(run, program)
-    weights = run.initial_weights() | {"generator": generator, "skip_V": run.prepared.skip_V}
-    with jax.set_mesh(run.mesh):
-        nll_PxK = on_dev(run, lambda batch: program.probe({}, weights, batch), probe.rows, probe.table_PxK)
-    return np.where(probe.table_PxK >= 0, nll_PxK, np.nan)
+    return phase_program(cfg, PHASES["separate_retriever"], run.retriever, run.llama, ids, train.steps, run.mesh)
 
 
 def counted(nll_PxK: np.ndarray, margin: float) -> np.ndarray:
     """Pairs (better, worse) that the rank loss counts, bool [P, K, K]."""
-    helps_PxK = nll_PxK < np.nanmedian(nll_PxK, axis=1, keepdims=True) - margin
-    return helps_PxK[:, :, None] & (nll_PxK[:, :, None] < nll_PxK[:, None, :])
+    better, counts = (
+        np.asarray(x) for x in counted_pairs(jnp.asarray(nll_PxK), jnp.asarray(~np.isnan(nll_PxK)), margin)
+    )
+    return better & (counts | counts.swapaxes(1, 2))
 
 
 def agreement(full_PxK: np.ndarray, other_PxK: np.ndarray, margin: float) -> dict[str, float]:
@@ -86,10 +86,18 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    asked = [f"run_dir={args.run}", f"train.probe_questions={args.questions}"]
-    run = Run.open(load(str(args.run / "config.yaml"), asked))
-    margin, rows = run.cfg.train.help_margin, []
-    full = {}
+    run = opened(args.run, f"train.probe_questions={args.questions}")
+    in_full, in_int8 = judge(run, int8=False), judge(run, int8=True)
+    probe, still = JudgeProbe(run, in_full), run.initial_weights() | {"skip_V": run.prepared.skip_V}
+    margin, full = run.cfg.train.help_margin, {}
+    rows: list[dict[str, Any]] = []
+
+    def judged(program: PhaseProgram, generator: Any) -> np.ndarray:
+        with jax.set_mesh(run.mesh):
+            asked = partial(program.probe, {}, still | {"generator": generator})
+            nll_PxK = on_dev(run, asked, probe.rows, probe.table_PxK)
+        return np.where(probe.table_PxK >= 0, nll_PxK, np.nan)
+
     print(
         "| reader after | judged | tau | first | pairs | right, full | right, other | nats apart |\n" + "|---" * 8 + "|"
     )
@@ -99,8 +107,8 @@ def main() -> None:
         print(f"| {step} | {way} | " + " | ".join(f"{value:.3f}" for value in found.values()) + " |", flush=True)
 
     for step, generator in readers(run, args.phase).items():
-        full[step] = judgements(run, generator, int8=False)
-        row(step, "int8", **agreement(full[step], judgements(run, generator, int8=True), margin))
+        full[step] = judged(in_full, generator)
+        row(step, "int8", **agreement(full[step], judged(in_int8, generator), margin))
         for earlier in sorted(set(full) - {step}):
             row(step, f"after {earlier}", **agreement(full[step], full[earlier], margin))
     if args.json:

@@ -9,9 +9,9 @@ from jmlr_jax.config_io import load
 from jmlr_jax.run.open import Run
 
 
-def opened(directory: Path) -> Run:
-    """The run in the directory of one seed."""
-    return Run.open(load(str(directory / "config.yaml"), [f"run_dir={directory}"]))
+def opened(directory: Path, *overrides: str) -> Run:
+    """The run in the directory of one seed, with other values of keys that no artifact there was made from."""
+    return Run.open(load(str(directory / "config.yaml"), [f"run_dir={directory}", *overrides]))
 
 
 def exported(directory: Path, folder: Path, arm: str) -> Path:

@@ -84,10 +84,10 @@ def llm_rank_loss(score_BxM: Array, nll_BxM: Array, taken_BxM: Array, margin: fl
     """
     score_BxM, nll_BxM = _clean(score_BxM, nll_BxM, taken_BxM)
     logit_BxMxM = score_BxM[:, :, None] - score_BxM[:, None, :]
-    better_BxMxM, counts_BxMxM = _pairs(nll_BxM, taken_BxM, margin)
+    better_BxMxM, counts_BxMxM = counted_pairs(nll_BxM, taken_BxM, margin)
     # Cross-entropy with logit x is softplus(-x) for label 1 and softplus(x) for label 0: stable for any x.
     loss_BxMxM = jax.nn.softplus(jnp.where(better_BxMxM, -logit_BxMxM, logit_BxMxM))
-    differs_BxMxM = counts_BxMxM if margin == 0 else _pairs(nll_BxM, taken_BxM, 0.0)[1]
+    differs_BxMxM = counts_BxMxM if margin == 0 else counted_pairs(nll_BxM, taken_BxM, 0.0)[1]
     return _masked_mean(jnp.where(counts_BxMxM, loss_BxMxM, 0.0), differs_BxMxM, axis=(1, 2))
 
 
@@ -143,7 +143,7 @@ def pair_accuracy(score_BxM: Array, nll_BxM: Array, taken_BxM: Array, margin: fl
     """
     score_BxM, nll_BxM = _clean(score_BxM, nll_BxM, taken_BxM)
     sign_BxMxM = jnp.sign(score_BxM[:, :, None] - score_BxM[:, None, :])
-    better_BxMxM, counts_BxMxM = _pairs(nll_BxM, taken_BxM, margin)
+    better_BxMxM, counts_BxMxM = counted_pairs(nll_BxM, taken_BxM, margin)
     right_BxMxM = 0.5 + 0.5 * jnp.where(better_BxMxM, sign_BxMxM, -sign_BxMxM)
     return _masked_mean(right_BxMxM, counts_BxMxM, axis=(0, 1, 2))
 
@@ -167,7 +167,7 @@ def _clean(score_BxM: Array, nll_BxM: Array, taken_BxM: Array) -> tuple[Array, A
     return score_BxM, nll_BxM
 
 
-def _pairs(nll_BxM: Array, taken_BxM: Array, margin: float) -> tuple[Array, Array]:
+def counted_pairs(nll_BxM: Array, taken_BxM: Array, margin: float) -> tuple[Array, Array]:
     """(i better than j, the pair counts), both bool ``[B, M, M]``: i < j, both taken, another nll; and, with a margin,
     the better one's nll below the median of those taken by more."""
     upper_MxM = jnp.triu(jnp.ones((nll_BxM.shape[1],) * 2, bool), k=1)

@@ -202,25 +202,20 @@ def making(folder: Path) -> Iterator[None]:
     file = folder.with_name(f".{folder.name}.lock")
     lock = FileLock(file)
     try:
-        lock.acquire(blocking=False)
+        with suppress(NotImplementedError):  # a mount without locks
+            lock.acquire(blocking=False)
     except Timeout:
         raise ArtifactError(
             f"{folder}: another process is making it; wait until that one has ended, or give another --run-dir"
         ) from None
-    except NotImplementedError:  # a mount without locks
-        yield
-        return
     try:
         yield
-    except BaseException:
+        fresh = []
+    finally:
         file.unlink(missing_ok=True)
         for parent in fresh:
             with suppress(OSError):
                 parent.rmdir()
-        raise
-    else:
-        file.unlink(missing_ok=True)
-    finally:
         lock.release()
 
 
