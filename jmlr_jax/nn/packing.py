@@ -154,7 +154,7 @@ def _moved(x: jax.Array, there: Places, back: Places) -> jax.Array:
 def _read(x: jax.Array, where: Places) -> jax.Array:
     at, present = where
     found = jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x, at)
-    return jnp.where(present.reshape(*present.shape, *[1] * (x.ndim - 2)), found, jnp.zeros((), x.dtype))
+    return jnp.where(present.reshape(*present.shape, *[1] * (x.ndim - 2)), found, jnp.zeros((), found.dtype))
 
 
 # Every token has one place on either side, so a gradient moves back by reading too: adding into places is slow.
