@@ -8,7 +8,7 @@ as candidates, of which four are judged and three are read; passages have at mos
 same weights and adapters, see the same token ids in the same order, draw the same samples and update by AdamW, in
 float32; none has dropout, which the released code has even where it judges. Each is a process of its own and the
 others wait while it makes a step, so that a busy machine slows all alike. The first step, with compilation in it, is
-not in the times; its losses, as all others, have to agree.
+not in the times; its losses, as all others, have to agree. Memory is managed as `tpu_scripts/run.sh` has it.
 
 ours      the joint step of `jmlr train`, compiled for batches of fixed shape; key=value changes its configuration
 released  one question at a time at its natural length, its passages judged one after the other, logits everywhere
@@ -48,7 +48,7 @@ generator:
   question_length: 104
   answer_length: 28
   max_length: 640
-  llama: {max_positions: 1024, remat: full}
+  llama: {max_positions: 1024, remat: attention}
   lora: {rank: 16, alpha: 32, dropout: 0, targets: [q, k, v, o, gate, up, down]}
 train:
   batch_size: 8
@@ -64,6 +64,12 @@ train:
 mesh: {data: 1, fsdp: 1, tensor: 1}
 """
 WAYS = ("ours", "released", "batched")
+# As tpu_scripts/run.sh sets them for `jmlr`, here for all three: freed memory stays with the process.
+MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 AGREE = 2e-3  # relative difference of losses: float32, other orders of summation, and AdamW's square roots
 
 
@@ -92,7 +98,7 @@ class Way:
     def __init__(self, name: str, arguments: list[str]) -> None:
         file = "step_peers_ours.py" if name == "ours" else "step_peers_torch.py"
         command = [sys.executable, str(HERE / file), *arguments]
-        env = os.environ | {"PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}"}
+        env = MEMORY | os.environ | {"PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}"}
         self.name = name
         self._process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._answer()

@@ -50,6 +50,29 @@ def test_kernel_equals_xla_outputs_and_gradients(length: int, query: int, groups
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.parametrize("length", [128, 300, 1100])
+@pytest.mark.parametrize("window, narrow", [(None, None), (70, None), (70, True), (70, False)])
+def test_blocks_of_queries_equal_all_at_once(length: int, window: int | None, narrow: bool | None) -> None:
+    """Positions that are given, as a cache needs them, are not cut into blocks."""
+    qkv = heads(2, length, 3, 1, width=8)
+    shared = partial(attend, window=window, narrow=None if narrow is None else jnp.array(narrow))
+    blocked, whole = partial(shared, causal=True), partial(shared, position_BxT=jnp.arange(length)[None])
+    np.testing.assert_allclose(jax.jit(blocked)(*qkv), jax.jit(whole)(*qkv), atol=2e-6)
+    ours, theirs = (jax.jit(jax.grad(partial(loss, f), (0, 1, 2)))(*qkv) for f in (blocked, whole))
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.abs(b).max() > 0.1
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_blocks_compute_less_than_all_at_once() -> None:
+    qkv = heads(1, 1024, 2, 1, width=64)
+    work = [
+        jax.jit(f).lower(*qkv).compile().cost_analysis()["flops"]
+        for f in (partial(attend, causal=True), partial(attend, position_BxT=jnp.arange(1024)[None]))
+    ]
+    assert work[0] < 0.65 * work[1]  # eight blocks: 36 of 64
+
+
 def test_kernel_on_a_mesh_equals_one_device() -> None:
     """Rows over data and fsdp, heads over tensor; the compiler cannot split a kernel, so it is told."""
     qkv = heads(4, 128, 4, 2)

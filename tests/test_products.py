@@ -47,6 +47,20 @@ def test_float32_is_a_plain_einsum():
     np.testing.assert_array_equal(product("ab,bc->ac", x, y), jnp.einsum("ab,bc->ac", x, y))
 
 
+@pytest.mark.parametrize("widths", [(64, 4), (4, 64)])
+def test_gradients_turn_the_small_side(widths):
+    """On a CPU a product that sums over rows reads one of its operands by columns: a copy, slow where it is large."""
+    x, w = jnp.ones((1, 1000, widths[0])) * jnp.arange(widths[0]), jnp.ones(widths) * jnp.arange(widths[1])
+
+    def loss(w, product_of):
+        return jnp.sum(jnp.sin(product_of(jnp.sin(x), w)))  # neither side is there in memory beforehand
+
+    ours = jax.jit(jax.grad(lambda w: loss(w, lambda x, w: contract(x, w, 1))))
+    np.testing.assert_allclose(ours(w), jax.grad(lambda w: loss(w, jnp.dot))(w), rtol=1e-4, atol=1e-3)
+    text = ours.lower(w).compile().as_text()
+    assert "f32[64,1000]" not in text
+
+
 def test_contract_takes_the_last_axes_with_the_first():
     x, w = jnp.ones((2, 3, 4, 5)), jnp.arange(120.0).reshape(4, 5, 6)
     np.testing.assert_allclose(contract(x, w, 2), jnp.tensordot(x, w, 2))

@@ -3,7 +3,8 @@
 On TPU, causal attention from the first position on (training, judging) runs as splash attention, a Pallas kernel of
 JAX that never writes the scores to memory and skips the blocks above the diagonal. Everything else, and every other
 platform, is plain XLA. The platform is that of the mesh in use (``jax.set_mesh``), so that a program compiled here for
-a TPU elsewhere gets the kernels it will have there.
+a TPU elsewhere gets the kernels it will have there. There too causal attention goes by blocks of queries, each with the
+keys that it can see: half of the work, and scores that stay in a processor's cache.
 
 Letters besides the project's: H query heads, G key/value heads (G divides H), E head width, S key slots.
 """
@@ -23,6 +24,7 @@ from jmlr_jax.parallel.sharding import partition_spec
 MASKED = -1e30  # finite: a row with no visible key gives a uniform average instead of NaN
 SAVED = "attention"  # what the remat policies of nn/layers.py may keep: outputs and log-sum-exp
 LANES, LARGEST_BLOCK = 128, 1024
+ROWS, LARGEST_COUNT = 128, 8  # without the kernel: queries of a block, unless there were more blocks than this
 UNLIMITED = 2**30  # a window that hides nothing
 
 
@@ -63,24 +65,49 @@ def attend(
             return kernel(q_BxTxHxE, k_BxSxGxE, v_BxSxGxE, window)
         kinds = partial(kernel, window=window), partial(kernel, window=None)  # a kernel's mask is fixed: one for each
         return jax.lax.cond(narrow, *kinds, q_BxTxHxE, k_BxSxGxE, v_BxSxGxE)
-    if causal:
-        position_BxT = jnp.arange(T)[None]
-    q = q_BxTxHxE.reshape(B, T, G, H // G, E)
-    scores = product("btgre,bsge->bgrts", q, k_BxSxGxE, jnp.float32) * scale
-    slot_S = jnp.arange(S)
-    visible_BxTxS = jnp.ones((1, 1, S), bool)
+    hides = partial(_hidden, window=window, narrow=narrow, key_length_B=key_length_B)
+    # Heads before length: each product then is one of matrices, a query's heads of one group in the rows of one.
+    q = q_BxTxHxE.reshape(B, T, G, H // G, E).transpose(0, 2, 3, 1, 4)
+    k, v = jnp.swapaxes(k_BxSxGxE, 1, 2), jnp.swapaxes(v_BxSxGxE, 1, 2)
+    side = -(-T // (LARGEST_COUNT * ROWS)) * ROWS if causal else T
+    made = []
+    for first in range(0, T, side):
+        last = min(first + side, T)
+        position = jnp.arange(first, last)[None] if causal else position_BxT
+        low = max(0, first - window + 1) if causal and window is not None and narrow is None else 0
+        high = last if causal else S
+        q_part = q[:, :, :, first:last].reshape(B, G, -1, E)
+        score = product("bgre,bgse->bgrs", q_part, k[:, :, low:high], jnp.float32) * scale
+        score = score.reshape(B, G, H // G, last - first, high - low)
+        hidden = hides(jnp.arange(low, high), position, jnp.arange(T))
+        weights = jax.nn.softmax(jnp.where(hidden[:, None, None], MASKED, score), axis=-1).astype(q.dtype)
+        out = product("bgrs,bgse->bgre", weights.reshape(B, G, -1, high - low), v[:, :, low:high])
+        made.append(out.reshape(B, G, H // G, last - first, E))
+    out = made[0] if len(made) == 1 else jnp.concatenate(made, axis=3)
+    return checkpoint_name(out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, E), SAVED)
+
+
+def _hidden(
+    slot_S: jax.Array,
+    position_BxT: jax.Array | None,
+    row_T: jax.Array,
+    *,
+    window: int | None,
+    narrow: jax.Array | None,
+    key_length_B: jax.Array | None,
+) -> jax.Array:
+    """Which key slots a query does not see, bool BxTxS or with 1 in place of B; arguments as in :func:`attend`."""
     reach = window if window is None or narrow is None else jnp.where(narrow, window, UNLIMITED)
+    hidden_BxTxS = jnp.zeros((1, 1, len(slot_S)), bool)
     if position_BxT is not None:
-        visible_BxTxS &= slot_S <= position_BxT[:, :, None]
+        hidden_BxTxS |= slot_S > position_BxT[:, :, None]
         if reach is not None:
-            visible_BxTxS &= slot_S > position_BxT[:, :, None] - reach
+            hidden_BxTxS |= slot_S <= position_BxT[:, :, None] - reach
     elif reach is not None:
-        visible_BxTxS &= jnp.abs(slot_S - jnp.arange(T)[:, None]) <= reach
+        hidden_BxTxS |= jnp.abs(slot_S - row_T[:, None]) > reach
     if key_length_B is not None:
-        visible_BxTxS &= slot_S < key_length_B[:, None, None]
-    scores = jnp.where(visible_BxTxS[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return checkpoint_name(product("bgrts,bsge->btgre", weights, v_BxSxGxE).reshape(B, T, H, E), SAVED)
+        hidden_BxTxS |= slot_S >= key_length_B[:, None, None]
+    return hidden_BxTxS
 
 
 def splash_applies(head_width: int) -> bool:

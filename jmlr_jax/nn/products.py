@@ -27,7 +27,7 @@ def product(spec: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Arr
     (dtype(bfloat16), dtype('float32'))
     """
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
-    return jnp.einsum(spec, x, y) if x.dtype == jnp.float32 else _narrow(spec, dtype.name, x, y)
+    return _product(spec, dtype.name, x, y)
 
 
 def contract(x: jax.Array, w: jax.Array, n_in: int) -> jax.Array:
@@ -63,12 +63,12 @@ def contract_int8(x: jax.Array, w_int8: jax.Array, scale: jax.Array, n_in: int) 
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _narrow(spec: str, dtype: str, x: jax.Array, y: jax.Array) -> jax.Array:
+def _product(spec: str, dtype: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32).astype(dtype)
 
 
 def _forward(spec: str, dtype: str, x: jax.Array, y: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _narrow(spec, dtype, x, y), (x, y)
+    return _product(spec, dtype, x, y), (x, y)
 
 
 def _backward(
@@ -78,9 +78,25 @@ def _backward(
     mine, other = operands.split(",")
     cotangent = cotangent.astype(x.dtype)
     return (
-        _narrow(f"{result},{other}->{mine}", x.dtype.name, cotangent, y),
-        _narrow(f"{mine},{result}->{other}", y.dtype.name, x, cotangent),
+        _product(f"{result},{other}->{mine}", x.dtype.name, cotangent, y),
+        _summed_over_rows((mine, x), (result, cotangent), other, y.size),
     )
 
 
-_narrow.defvjp(_forward, _backward)
+def _summed_over_rows(one: tuple[str, jax.Array], two: tuple[str, jax.Array], other: str, size: int) -> jax.Array:
+    """The gradient of a product's second side, of so many entries.
+
+    Of the two operands a CPU has to turn one: the compiler takes that whose letters come first in what is made. Where
+    what is made is smaller than the larger operand, as with adapters, the smaller is turned and then what is made.
+    """
+    small, large = sorted((one, two), key=lambda side: side[1].size)
+    first = [letter for letter in other if letter in small[0]]
+    turned = "".join([*first, *(letter for letter in other if letter not in first)])
+    if size >= large[1].size or turned == other:
+        return _product(f"{one[0]},{two[0]}->{other}", one[1].dtype.name, one[1], two[1])
+    made = _product(f"{small[0]},{large[0]}->{turned}", one[1].dtype.name, small[1], large[1])
+    # Held back, or the compiler would see through it and turn the large one after all.
+    return jnp.transpose(jax.lax.optimization_barrier(made), [turned.index(letter) for letter in other])
+
+
+_product.defvjp(_forward, _backward)
