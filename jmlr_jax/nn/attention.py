@@ -3,8 +3,8 @@
 On TPU, causal attention from the first position on (training, judging) runs as splash attention, a Pallas kernel of
 JAX that never writes the scores to memory and skips the blocks above the diagonal. Everything else, and every other
 platform, is plain XLA. The platform is that of the mesh in use (``jax.set_mesh``), so that a program compiled here for
-a TPU elsewhere gets the kernels it will have there. There too causal attention goes by blocks of queries, each with the
-keys that it can see: half of the work, and scores that stay in a processor's cache.
+a TPU elsewhere gets the kernels it will have there. In plain XLA causal attention goes by blocks of queries, each with
+the keys that it can see: half of the work, and scores that stay in a processor's cache.
 
 Letters besides the project's: H query heads, G key/value heads (G divides H), E head width, S key slots.
 """
@@ -79,7 +79,7 @@ def attend(
         q_part = q[:, :, :, first:last].reshape(B, G, -1, E)
         score = product("bgre,bgse->bgrs", q_part, k[:, :, low:high], jnp.float32) * scale
         score = score.reshape(B, G, H // G, last - first, high - low)
-        hidden = hides(jnp.arange(low, high), position, jnp.arange(T))
+        hidden = hides(jnp.arange(low, high), position)
         weights = jax.nn.softmax(jnp.where(hidden[:, None, None], MASKED, score), axis=-1).astype(q.dtype)
         out = product("bgrs,bgse->bgre", weights.reshape(B, G, -1, high - low), v[:, :, low:high])
         made.append(out.reshape(B, G, H // G, last - first, E))
@@ -90,7 +90,6 @@ def attend(
 def _hidden(
     slot_S: jax.Array,
     position_BxT: jax.Array | None,
-    row_T: jax.Array,
     *,
     window: int | None,
     narrow: jax.Array | None,
@@ -103,8 +102,8 @@ def _hidden(
         hidden_BxTxS |= slot_S > position_BxT[:, :, None]
         if reach is not None:
             hidden_BxTxS |= slot_S <= position_BxT[:, :, None] - reach
-    elif reach is not None:
-        hidden_BxTxS |= jnp.abs(slot_S - row_T[:, None]) > reach
+    elif reach is not None:  # T = S
+        hidden_BxTxS |= jnp.abs(slot_S - slot_S[:, None]) > reach
     if key_length_B is not None:
         hidden_BxTxS |= slot_S >= key_length_B[:, None, None]
     return hidden_BxTxS

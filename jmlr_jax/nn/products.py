@@ -1,4 +1,4 @@
-"""Matrix products in a narrow dtype: of floats, accumulated in float32, forwards and backwards; of int8, forwards."""
+"""Matrix products: of floats, accumulated in float32, forwards and backwards; of int8, forwards."""
 
 from __future__ import annotations
 
